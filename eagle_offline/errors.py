@@ -1,0 +1,51 @@
+"""Errors a user can cause, their exit codes, and how the command line ends.
+
+Every error here is shown as one line without a traceback. It says where, what was found, what was expected and
+the way out. Anything else that escapes is a defect of this package and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_MISMATCH = 3
+EXIT_DATA = 4
+EXIT_RESUMABLE = 5
+EXIT_SPACE = 6
+
+
+class EagleOfflineError(Exception):
+    """A failure with a cause that the user can act on; `exit_code` is the process's exit code."""
+
+    exit_code = EXIT_FAILURE
+
+
+class UsageError(EagleOfflineError):
+    """A flag, a path or a setting that cannot be meant."""
+
+    exit_code = EXIT_USAGE
+
+
+class MismatchError(EagleOfflineError):
+    """Two things that must belong together do not: manifest and settings, tokenizer and model, cache and run."""
+
+    exit_code = EXIT_MISMATCH
+
+
+class DataError(EagleOfflineError):
+    """Input or cache data that is missing, corrupt or unusable."""
+
+    exit_code = EXIT_DATA
+
+
+class StoppedEarly(EagleOfflineError):
+    """The run was asked to stop and did so at a point from which `--resume` goes on."""
+
+    exit_code = EXIT_RESUMABLE
+
+
+class SpaceError(EagleOfflineError):
+    """No room left on the disk, or the quota is used up."""
+
+    exit_code = EXIT_SPACE
