@@ -1,0 +1,40 @@
+"""Cache a frozen LLM's states once, then train EAGLE-3 draft models from the cache alone.
+
+Names are imported when they are first used, so that ``import eagle_offline`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Cache": "eagle_offline.cache.reader",
+    "Eagle3DraftConfig": "eagle_offline.draft.eagle3",
+    "Eagle3DraftModel": "eagle_offline.draft.eagle3",
+    "Eagle3StepMetrics": "eagle_offline.objectives.ttt",
+    "Eagle3TargetBatch": "eagle_offline.target.hooks",
+    "Eagle3TrainerModule": "eagle_offline.objectives.ttt",
+    "HFEagle3TargetModel": "eagle_offline.target.hooks",
+    "compute_target_distribution": "eagle_offline.supervision",
+    "default_aux_layer_ids": "eagle_offline.target.layout",
+    "kl_div_loss": "eagle_offline.objectives.losses",
+    "masked_soft_cross_entropy": "eagle_offline.objectives.losses",
+    "open_cache": "eagle_offline.cache.reader",
+    "shift_left_with_zero": "eagle_offline.alignment",
+    "simulated_accept_length": "eagle_offline.objectives.acceptance",
+}
+
+__all__ = sorted(["__version__", *_HOMES])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'eagle_offline' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

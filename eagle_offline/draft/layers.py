@@ -1,0 +1,138 @@
+"""The parts of a Llama-style draft: rotary positions, attention over an unroll's keys, feed-forward, decoder layer.
+
+Attention here is the plain dense form of the test-time-training unroll; it defines what a faster form must equal.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+class RotaryEmbedding:
+    """Rotary position angles of a config, computed when asked for and never stored in a checkpoint.
+
+    Not a module: a buffer would follow ``.to(bfloat16)`` and lose the frequencies' precision.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        self._config = config
+        self._frequencies: Tensor | None = None
+        self._scaling = 1.0
+
+    def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cos and sin ``[B, 1, T, head_dim]`` in ``dtype`` for int64 positions ``[B, T]``."""
+        if self._frequencies is None:
+            self._frequencies, self._scaling = self._inverse_frequencies()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        frequencies = self._frequencies.to(position_ids.device, wide)
+        angles = position_ids[:, None, :, None].to(wide) * frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * self._scaling).to(dtype), (angles.sin() * self._scaling).to(dtype)
+
+    def _inverse_frequencies(self) -> tuple[Tensor, float]:
+        parameters = self._config.rope_parameters
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type != "default":
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](self._config, torch.device("cpu"))
+            return frequencies.double(), scaling
+        exponents = torch.arange(0, self._config.head_dim, 2, dtype=torch.float64) / self._config.head_dim
+        return float(parameters["rope_theta"]) ** -exponents, 1.0
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return ``[B, heads, T, head_dim]`` states turned by their positions' angles (halves, as Llama pairs them)."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class UnrollAttention(nn.Module):
+    """Grouped-query attention of one unroll step: causal over step 0's keys, plus the own slot's later keys."""
+
+    def __init__(self, config: LlamaConfig, input_size: int):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(input_size, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(input_size, self.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(input_size, self.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def project(self, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries ``[B, heads, T, head_dim]``, rotated keys and values ``[B, kv_heads, T, head_dim]``."""
+        queries = self._split(self.q_proj(states), self.num_heads)
+        keys = self._split(self.k_proj(states), self.num_key_value_heads)
+        values = self._split(self.v_proj(states), self.num_key_value_heads)
+        return rotate(queries, cos, sin), rotate(keys, cos, sin), values
+
+    def attend(self, queries: Tensor, keys: list[Tensor], values: list[Tensor], visible: Tensor) -> Tensor:
+        """Return the attention output ``[B, T, H]``.
+
+        Args:
+            queries: ``[B, heads, T, head_dim]`` of the step at hand.
+            keys, values: one ``[B, kv_heads, T, head_dim]`` a step, step 0 first, this step last.
+            visible: bool ``[B, 1, T, T]`` over step 0's keys.
+        """
+        groups = self.num_heads // self.num_key_value_heads
+        keys = [key.repeat_interleave(groups, dim=1) for key in keys]
+        values = [value.repeat_interleave(groups, dim=1) for value in values]
+        scale = self.head_dim**-0.5
+        scores = (queries @ keys[0].transpose(-1, -2)).masked_fill(~visible, -torch.inf)
+        own = [(queries * key).sum(-1, keepdim=True) for key in keys[1:]]
+        scores = torch.cat([scores, *own], dim=-1) * scale
+        wide = scores if scores.dtype == torch.float64 else scores.float()
+        weights = wide.softmax(dim=-1).to(queries.dtype)
+        num_slots = queries.shape[2]
+        output = weights[..., :num_slots] @ values[0]
+        for step, value in enumerate(values[1:]):
+            output = output + weights[..., num_slots + step, None] * value
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+    def _split(self, states: Tensor, num_heads: int) -> Tensor:
+        return states.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """The gated feed-forward of Llama."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(states)) * self.up_proj(states))
+
+
+class DraftLayer(nn.Module):
+    """A decoder layer of the draft.
+
+    The first layer reads ``[input_layernorm(embedding) ; hidden_norm(hidden)]``, embedding half first, and its
+    residual stream is ``hidden`` before the norm. Further layers are plain Llama layers.
+    """
+
+    def __init__(self, config: LlamaConfig, reads_embedding: bool):
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = UnrollAttention(config, 2 * size if reads_embedding else size)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = nn.RMSNorm(size, eps=eps)
+        self.hidden_norm = nn.RMSNorm(size, eps=eps) if reads_embedding else None
+        self.post_attention_layernorm = nn.RMSNorm(size, eps=eps)
+
+    def attention_input(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """Return what the projections read: ``[B, T, 2H]`` in the first layer, ``[B, T, H]`` in others."""
+        if self.hidden_norm is None:
+            return self.input_layernorm(hidden)
+        return torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], dim=-1)
+
+    def after_attention(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """Return the layer's output ``[B, T, H]`` from its residual stream and its attention output."""
+        hidden = residual + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))

@@ -1,0 +1,262 @@
+"""The EAGLE-3 objective: the test-time-training unroll, its loss and its metrics, in plain form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from eagle_offline.alignment import shift_left_with_zero
+from eagle_offline.draft.eagle3 import Eagle3DraftModel
+from eagle_offline.errors import UsageError
+from eagle_offline.objectives.losses import masked_sum, overlap, soft_cross_entropy
+from eagle_offline.supervision import compute_target_distribution
+
+# Weight of unroll step k relative to step k - 1. Source: EAGLE-3, arXiv 2503.01840.
+STEP_DECAY = 0.8
+
+LK_LOSS_TYPES = ("alpha", "lambda")
+
+
+@dataclass
+class Eagle3StepMetrics:
+    """What one call of a trainer module yields.
+
+    Attributes:
+        loss: scalar, with gradient.
+        accuracy: scalar, top-1 agreement over all supervised (slot, step) pairs.
+        valid_tokens: scalar, how many such pairs there are.
+        step_prefix_hits: int64 ``[K]``, slots right at every step up to ``k``.
+        step_valid: int64 ``[K]``, slots valid by loss mask and document at every step up to ``k``.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    valid_tokens: Tensor
+    step_prefix_hits: Tensor
+    step_valid: Tensor
+
+
+@dataclass
+class SlotBatch:
+    """Slot-frame tensors of one unroll; see `eagle_offline.alignment`.
+
+    Attributes:
+        input_ids: int64 ``[B, T]``.
+        attention_mask: ``[B, T]``, 1 on real slots.
+        loss_mask: bool ``[B, T]``.
+        aux_hidden_states: ``[B, T, A·H]``.
+        target_probs: float32 ``[B, T, Vd]``.
+        position_mask: bool ``[B, T]``.
+        position_ids, doc_remaining: int64 ``[B, T]`` or None; seq_lens: int64 ``[B, max_docs]`` or None.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    aux_hidden_states: Tensor
+    target_probs: Tensor
+    position_mask: Tensor
+    position_ids: Tensor | None = None
+    seq_lens: Tensor | None = None
+    doc_remaining: Tensor | None = None
+
+    def counting_slots(self, mask: Tensor, ttt_step: int) -> Tensor:
+        """Return bool ``[B, T]``: the slots of an already shifted mask whose step stays inside their document."""
+        if self.doc_remaining is None:
+            return mask
+        return mask & (ttt_step < self.doc_remaining)
+
+
+@dataclass
+class UnrollSums:
+    """Sums over slots, one entry a step; what is divided, and by what, is the caller's business.
+
+    Attributes:
+        losses: float ``[K]``, soft cross-entropy summed over supervised slots, with gradient.
+        counts: int64 ``[K]``, supervised slots.
+        overlaps, log_overlaps: float ``[K]``, ``Σ α`` and ``Σ log α`` (terms with ``α = 0`` left out).
+        step_hits: bool ``[K, B, T]``, top-1 right at a supervised slot.
+        step_valid: bool ``[K, B, T]``, valid by loss mask and document at this step.
+    """
+
+    losses: Tensor
+    counts: Tensor
+    overlaps: Tensor
+    log_overlaps: Tensor
+    step_hits: Tensor
+    step_valid: Tensor
+
+    def prefix_hits(self) -> Tensor:
+        """Return int64 ``[K]``: slots right at every step up to ``k``."""
+        return self.step_hits.long().cumprod(dim=0).sum(dim=(1, 2))
+
+    def prefix_valid(self) -> Tensor:
+        """Return int64 ``[K]``: slots valid at every step up to ``k``."""
+        return self.step_valid.long().cumprod(dim=0).sum(dim=(1, 2))
+
+
+def supervised_counts(batch: SlotBatch, ttt_steps: int) -> Tensor:
+    """Return int64 ``[K]``: ``N_k`` of a batch, from masks alone, before any forward."""
+    mask, counts = batch.position_mask, []
+    for step in range(ttt_steps):
+        counts.append(batch.counting_slots(mask, step).sum())
+        mask = shift_left_with_zero(mask)
+    return torch.stack(counts)
+
+
+def unroll(draft_model: Eagle3DraftModel, batch: SlotBatch, ttt_steps: int) -> UnrollSums:
+    """Run the draft ``ttt_steps`` times over its own states and sum losses and hits per step.
+
+    All steps share one ``cache_hidden``, so step ``k`` attends causally to step 0's keys and to the own slot's
+    keys of steps ``1 … k``, as the draft does when it serves. ``attention_mask`` stays; ids, probabilities and
+    masks roll left by one a step.
+
+    Args:
+        draft_model: the draft.
+        batch: see `SlotBatch`.
+        ttt_steps: ``K``.
+    """
+    hidden = draft_model.project_hidden_states(batch.aux_hidden_states.to(draft_model.fc.weight.dtype))
+    cache_hidden: list[list] = [[], []]
+    ids, probs = batch.input_ids, batch.target_probs
+    position_mask, loss_mask = batch.position_mask, batch.loss_mask.bool()
+    losses, counts, overlaps, log_overlaps, hits, valid = [], [], [], [], [], []
+    for step in range(ttt_steps):
+        if step > 0:
+            ids, probs = shift_left_with_zero(ids), shift_left_with_zero(probs)
+            position_mask, loss_mask = shift_left_with_zero(position_mask), shift_left_with_zero(loss_mask)
+        hidden = draft_model(ids, hidden, batch.attention_mask, batch.position_ids, cache_hidden, batch.seq_lens)
+        logits = draft_model.compute_logits(hidden)
+        supervised = batch.counting_slots(position_mask, step)
+        alpha = overlap(logits, probs)
+        # Masked before the logarithm: 1/α at a slot that does not count must not meet its zero gradient.
+        log_alpha = alpha.where(supervised & (alpha > 0), torch.ones_like(alpha)).log()
+        losses.append(masked_sum(soft_cross_entropy(logits, probs), supervised))
+        overlaps.append(masked_sum(alpha, supervised))
+        log_overlaps.append(masked_sum(log_alpha, supervised))
+        counts.append(supervised.sum())
+        hits.append(supervised & (logits.argmax(-1) == probs.argmax(-1)))
+        valid.append(batch.counting_slots(loss_mask, step))
+    return UnrollSums(
+        losses=torch.stack(losses),
+        counts=torch.stack(counts),
+        overlaps=torch.stack(overlaps),
+        log_overlaps=torch.stack(log_overlaps),
+        step_hits=torch.stack(hits),
+        step_valid=torch.stack(valid),
+    )
+
+
+def decayed_mean(step_losses: Tensor) -> Tensor:
+    """Return ``Σ_k 0.8^k ℓ_k / Σ_k 0.8^k`` for step losses ``[K]``."""
+    weights = STEP_DECAY ** torch.arange(len(step_losses), device=step_losses.device, dtype=step_losses.dtype)
+    return (weights * step_losses).sum() / weights.sum()
+
+
+class Eagle3TrainerModule(nn.Module):
+    """A draft and its EAGLE-3 loss: the plain reference, one call a batch, each mean over that batch.
+
+    Args:
+        draft_model: an `Eagle3DraftModel`.
+        selected_token_ids: int64 ``[Vd]``, strictly increasing.
+        selected_token_mask: bool ``[V]``.
+        ttt_steps: ``K``, how far the draft is unrolled (7).
+        lk_loss_type: None for soft cross-entropy, ``"alpha"`` or ``"lambda"`` (LK losses, arXiv 2602.23881).
+        lk_kl_scale, lk_kl_decay: ``s`` in ``[0, 1]`` and ``d ≥ 0`` of the ``lambda`` loss.
+
+    Raises:
+        UsageError: for a loss type or a factor out of range.
+    """
+
+    selected_token_ids: Tensor
+    selected_token_mask: Tensor
+
+    def __init__(
+        self,
+        draft_model: Eagle3DraftModel,
+        *,
+        selected_token_ids: Tensor,
+        selected_token_mask: Tensor,
+        ttt_steps: int = 7,
+        lk_loss_type: str | None = None,
+        lk_kl_scale: float = 1.0,
+        lk_kl_decay: float = 3.0,
+    ):
+        super().__init__()
+        if lk_loss_type is not None and lk_loss_type not in LK_LOSS_TYPES:
+            raise UsageError(f"lk_loss_type is {lk_loss_type!r}; expected one of {', '.join(LK_LOSS_TYPES)} or None")
+        if ttt_steps < 1 or not 0 <= lk_kl_scale <= 1 or lk_kl_decay < 0:
+            raise UsageError("expected ttt_steps >= 1, lk_kl_scale in [0, 1] and lk_kl_decay >= 0")
+        self.draft_model = draft_model
+        self.register_buffer("selected_token_ids", selected_token_ids, persistent=False)
+        self.register_buffer("selected_token_mask", selected_token_mask.bool(), persistent=False)
+        self.ttt_steps = ttt_steps
+        self.lk_loss_type = lk_loss_type
+        self.lk_kl_scale = lk_kl_scale
+        self.lk_kl_decay = lk_kl_decay
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        loss_mask: Tensor,
+        aux_hidden_states: Tensor,
+        target_logits: Tensor | None = None,
+        target_probs: Tensor | None = None,
+        position_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        seq_lens: Tensor | None = None,
+        doc_remaining: Tensor | None = None,
+    ) -> Eagle3StepMetrics:
+        """Run the unrolled loss for one slot-frame batch.
+
+        Exactly one supervision: full-vocabulary ``target_logits`` ``[B, T, V]``, or ``target_probs`` ``[B, T, Vd]``
+        with ``position_mask`` ``[B, T, 1]``. Packed rows bring ``position_ids``, ``seq_lens`` and
+        ``doc_remaining``; other tensors are described in `SlotBatch`.
+
+        Raises:
+            UsageError: none or both supervisions given.
+        """
+        if (target_logits is None) == (target_probs is None):
+            raise UsageError("pass exactly one of target_logits and target_probs")
+        if target_logits is not None:
+            target_probs, position_mask = compute_target_distribution(
+                target_logits, self.selected_token_ids, self.selected_token_mask, loss_mask
+            )
+        if target_probs is None or position_mask is None:
+            raise UsageError("target_probs needs its position_mask")
+        batch = SlotBatch(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            loss_mask=loss_mask.bool(),
+            aux_hidden_states=aux_hidden_states,
+            target_probs=target_probs,
+            position_mask=position_mask.reshape(loss_mask.shape).bool(),
+            position_ids=position_ids,
+            seq_lens=seq_lens,
+            doc_remaining=doc_remaining,
+        )
+        sums = unroll(self.draft_model, batch, self.ttt_steps)
+        valid_tokens = sums.counts.sum()
+        return Eagle3StepMetrics(
+            loss=decayed_mean(self._step_losses(sums)),
+            accuracy=sums.step_hits.sum() / valid_tokens.clamp_min(1),
+            valid_tokens=valid_tokens,
+            step_prefix_hits=sums.prefix_hits(),
+            step_valid=sums.prefix_valid(),
+        )
+
+    def _step_losses(self, sums: UnrollSums) -> Tensor:
+        """Return ``ℓ_k`` ``[K]``, 0 for steps without supervision."""
+        counts = sums.counts.clamp_min(1)
+        if self.lk_loss_type is None:
+            return sums.losses / counts
+        if self.lk_loss_type == "alpha":
+            return -sums.log_overlaps / counts
+        mean_overlap = sums.overlaps / counts
+        weight = self.lk_kl_scale * torch.exp(-self.lk_kl_decay * mean_overlap.detach())
+        return torch.where(
+            sums.counts > 0, weight * sums.losses / counts + (1 - weight) * (1 - mean_overlap), sums.losses * 0
+        )
