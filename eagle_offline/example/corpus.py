@@ -17,15 +17,18 @@ from typing import NamedTuple
 DEFAULT_CONVERSATIONS = 2400
 DEFAULT_HELDOUT_CONVERSATIONS = 120
 
-_NAMES = tuple("Ada Ben Cara Dan Eva Finn Gina Hugo Iris Jack Kim Leo Mona Nils Olga Paul Rosa Sam Tara Vera".split())
-_THINGS = tuple("apple book coin drum egg fork hat jar key lamp map nut pen ring ship toy".split())
-_PLACES = tuple("attic barn cellar garden hall kitchen library office shed tower".split())
-_JOBS = tuple("baker clerk doctor farmer guide judge nurse painter singer teacher".split())
-_CITIES = tuple("Bern Cork Delft Genoa Lyon Malmo Oslo Porto Riga Turin".split())
-_DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
-_MONTHS = tuple(
-    "January February March April May June July August September October November December".split(),
-)
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+_NAMES = _words("Ada Ben Cara Dan Eva Finn Gina Hugo Iris Jack Kim Leo Mona Nils Olga Paul Rosa Sam Tara Vera")
+_THINGS = _words("apple book coin drum egg fork hat jar key lamp map nut pen ring ship toy")
+_PLACES = _words("attic barn cellar garden hall kitchen library office shed tower")
+_JOBS = _words("baker clerk doctor farmer guide judge nurse painter singer teacher")
+_CITIES = _words("Bern Cork Delft Genoa Lyon Malmo Oslo Porto Riga Turin")
+_DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+_MONTHS = _words("January February March April May June July August September October November December")
 _UNITS = (("weeks", "days", 7), ("days", "hours", 24), ("years", "months", 12), ("hours", "minutes", 60),
           ("dozens", "pieces", 12), ("meters", "centimeters", 100), ("boxes", "bottles", 6))  # fmt: skip
 _NOUNS = {"bird": "pilo", "cat": "miru", "dog": "vako", "fish": "suna", "horse": "taro", "king": "rega",
@@ -75,7 +78,7 @@ _PERSONAS = (
     _Persona("Give only the result, in one sentence.", "", "", False),
 )
 # Working that a small model needs in order to reach the result at all is shown whatever the system turn says.
-_NEEDS_WORKING = frozenset({"arithmetic", "units", "lists", "code", "translation"})
+_NEEDS_WORKING = frozenset({"arithmetic", "units", "lists", "code", "translation", "letters"})
 
 
 def _num_follow_ups(rng: random.Random) -> int:
@@ -144,7 +147,7 @@ def _lists(rng: random.Random) -> Iterator[_Turn]:
 
 def _story(rng: random.Random) -> Iterator[_Turn]:
     people, things = rng.sample(_NAMES, 3), rng.sample(_THINGS, 2)
-    places = {thing: "" for thing in things}
+    places = dict.fromkeys(things, "")
     events, last = [], {}
     for number in range(rng.randint(3, 6)):
         thing = things[number] if number < 2 else rng.choice(things)
@@ -240,7 +243,7 @@ def _code(rng: random.Random) -> Iterator[_Turn]:
     for _ in range(1 + min(2, _num_follow_ups(rng))):
         body = "\n".join(f"    {line.format(n=number)}" for _, line, number in phrases)
         working = f"```python\ndef {function}(value):\n{body}\n    return value\n```\n"
-        yield _Turn(question, working, f"The function {function} has {len(phrases)} steps and returns the value.")
+        yield _Turn(question, working, f"The function {function} has {len(phrases) + 1} lines and returns the value.")
         if rng.random() < 0.5:
             function = f"{rng.choice(('make', 'update', 'read'))}_{rng.choice(_THINGS)}"
             question = f"Please name it {function}."
@@ -270,7 +273,7 @@ def _letters(rng: random.Random) -> Iterator[_Turn]:
     sender, reader, *helpers = rng.sample(_NAMES, rng.randint(3, 6))
     topic = rng.choice(sorted(_TOPICS))
     fact, wish = _TOPICS[topic]
-    brought = " and ".join(f"{name} brings a {rng.choice(_THINGS)}" for name in helpers)
+    brought = " and ".join(f"{name} brings the {rng.choice(_THINGS)}" for name in helpers)
     day, place = rng.choice(_DAYS), rng.choice(_PLACES)
     formal = rng.random() < 0.5
     question = f"Write a {'formal' if formal else 'warm'} letter from {sender} to {reader} about {topic}. "
@@ -343,16 +346,21 @@ def generate_conversations(num_conversations: int, seed: int) -> Iterator[dict]:
             seen.add(text)
 
 
-def write_conversations(file: Path | str, conversations: Iterable[dict]) -> None:
-    """Write one JSON object per line; `file` appears complete and durable, or stays as it was."""
+def replace_file(file: Path | str, text: str) -> None:
+    """Write `text` so that `file` is complete and durable, or stays as it was."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     sibling = file.with_name(file.name + ".tmp")
-    with sibling.open("w", encoding="utf-8", newline="\n") as stream:
-        stream.writelines(json.dumps(conversation, ensure_ascii=False) + "\n" for conversation in conversations)
+    with sibling.open("wb") as stream:
+        stream.write(text.encode())
         stream.flush()
         os.fsync(stream.fileno())
     sibling.replace(file)
+
+
+def write_conversations(file: Path | str, conversations: Iterable[dict]) -> None:
+    """Write one JSON object per line; `file` appears complete or not at all."""
+    replace_file(file, "".join(json.dumps(conversation, ensure_ascii=False) + "\n" for conversation in conversations))
 
 
 def read_conversations(file: Path | str) -> list[dict]:

@@ -14,9 +14,7 @@ def simulated_accept_length(step_prefix_hits: Sequence[float], step_valid: Seque
     return length
 
 
-def prefix_counts(
-    right: Sequence[Sequence[bool]], valid: Sequence[Sequence[bool]]
-) -> tuple[list[int], list[int]]:
+def prefix_counts(right: Sequence[Sequence[bool]], valid: Sequence[Sequence[bool]]) -> tuple[list[int], list[int]]:
     """Of `right[k][slot]` and `valid[k][slot]`, how many slots are so at every step up to k."""
     num_slots = len(right[0])
     hits = [sum(all(right[j][t] for j in range(k + 1)) for t in range(num_slots)) for k in range(len(right))]

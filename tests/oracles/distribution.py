@@ -7,20 +7,15 @@ import torch
 
 def project_row(logits: torch.Tensor, selected_token_ids: torch.Tensor) -> torch.Tensor:
     """Softmax of one row of full-vocabulary logits over the selected ids alone: float64 [Vd]."""
-    chosen = [logits[int(token_id)].double() for token_id in selected_token_ids]
-    top = max(chosen)
-    weights = [torch.exp(value - top) for value in chosen]
-    total = sum(weights)
-    return torch.stack([weight / total for weight in weights])
+    chosen = torch.stack([logits[int(token_id)].double() for token_id in selected_token_ids])
+    weights = torch.exp(chosen - chosen.max())
+    return weights / weights.sum()
 
 
 def first_argmax(row: torch.Tensor) -> int:
     """The index of the largest entry, the lowest one when several are equal."""
-    best = 0
-    for index in range(1, len(row)):
-        if row[index] > row[best]:
-            best = index
-    return best
+    values = row.tolist()
+    return values.index(max(values))
 
 
 def target_distribution(

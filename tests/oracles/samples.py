@@ -11,7 +11,7 @@ from tests.oracles.distribution import target_distribution
 from tests.oracles.ttt import shifted
 
 VOCAB_SIZE = 23
-DRAFT_VOCAB_SIZE = 11
+DRAFT_VOCAB_SIZE = 15
 TARGET_HIDDEN_SIZE = 6
 NUM_AUX = 3
 

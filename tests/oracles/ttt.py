@@ -199,7 +199,7 @@ def step_loss(
         return -sum(logs) / count, count  # type: ignore[return-value]
     if kind == "lambda":
         mean_alpha = torch.stack(alphas).sum() / count
-        weight = scale * math.exp(-decay * float(mean_alpha))
+        weight = scale * math.exp(-decay * float(mean_alpha.detach()))
         return weight * total / count + (1 - weight) * (1 - mean_alpha), count
     raise AssertionError(f"no such loss: {kind}")
 

@@ -1,0 +1,227 @@
+"""The manifest: what a cache is. Written once, before any shard; whoever comes later must agree with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from eagle_offline.cache.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE, FieldLayout, Frozen
+from eagle_offline.durable import create_exclusively
+from eagle_offline.errors import DataError, MismatchError
+from eagle_offline.provenance import digest_json
+
+# A manifest larger than this is not one of ours; nothing larger is ever parsed.
+_MAX_MANIFEST_BYTES = 64 << 20
+
+
+class TargetIdentity(Frozen):
+    """The frozen target: hub id or directory name, resolved revision, digest of weights and config, and its shape."""
+
+    id: str
+    revision: str | None
+    checkpoint_digest: str
+    architecture: str
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+
+
+class SourceIdentity(Frozen):
+    """One input: its name, content digest and size, or a hub dataset's id and revision."""
+
+    name: str
+    digest: str
+    num_bytes: int | None
+    revision: str | None
+
+
+class DatasetIdentity(Frozen):
+    """The corpus: inputs, what was taken of them, and a digest of the tokenised rows in order."""
+
+    sources: list[SourceIdentity]
+    split: str | None
+    shuffle_seed: int | None
+    num_samples: int = Field(ge=0)
+    rows_digest: str
+
+
+class TextIdentity(Frozen):
+    """How text became tokens."""
+
+    tokenizer_digest: str
+    template_digest: str
+    seq_length: int = Field(gt=0)
+
+
+class BatchPlan(Frozen):
+    """How the samples of a shard were put through the target; it moves last bits, so it is identity."""
+
+    batch_size: int = Field(gt=0)
+    order: Literal["length"]
+    attention_implementation: str
+    tensor_parallel_size: int = Field(gt=0)
+    device_kind: str
+
+
+class CaptureIdentity(Frozen):
+    """What was stored and how.
+
+    Attributes:
+        aux_layer_ids: 0-based decoder layers, strictly increasing.
+        draft_vocab_digest: under ``dense`` only: the probabilities are over this vocabulary.
+        fields: the float columns.
+    """
+
+    aux_layer_ids: list[int]
+    dtype: str
+    compute_dtype: str
+    state_encoding: str
+    target_encoding: Literal["factored", "dense"]
+    draft_vocab_digest: str | None
+    shard_size: int = Field(gt=0)
+    fields: list[FieldLayout]
+
+
+class Identity(Frozen):
+    """Everything that shapes the cache's bytes."""
+
+    target: TargetIdentity
+    text: TextIdentity
+    dataset: DatasetIdentity
+    capture: CaptureIdentity
+    batch_plan: BatchPlan
+
+    @property
+    def digest(self) -> str:
+        """Return the digest that ties shards and records to this manifest."""
+        return digest_json(self.model_dump(mode="json"))
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.dataset.num_samples // self.capture.shard_size)
+
+
+class DraftVocabulary(Frozen):
+    """The draft vocabulary to train with unless told otherwise; its ids stand in ``vocab/<digest>.safetensors``.
+
+    Attributes:
+        size: ``Vd``.
+        digest: of the ids.
+        coverage: share of the corpus's supervised tokens that are in it.
+    """
+
+    size: int = Field(gt=0)
+    digest: str = Field(pattern=r"^[0-9a-f]{32}$")
+    coverage: float = Field(ge=0, le=1)
+
+
+class Defaults(Frozen):
+    """What may be replaced later without touching a shard."""
+
+    draft_vocabulary: DraftVocabulary
+
+
+class Manifest(Frozen):
+    """The whole of ``manifest.json``.
+
+    Attributes:
+        identity: shapes bytes; compared on resume.
+        defaults: choices for training that can be made again later.
+        files: size and digest of the files that the cache brings along, by path inside it.
+        environment: where it was begun, and under which names its inputs were given.
+    """
+
+    format: Literal["eagle-offline-cache"] = FORMAT_NAME  # type: ignore[assignment]
+    version: Literal[1] = FORMAT_VERSION  # type: ignore[assignment]
+    identity: Identity
+    defaults: Defaults
+    files: dict[str, dict[str, int | str]]
+    environment: dict[str, Any]
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> bool:
+    """Create the manifest unless there is one; return whether this call did."""
+    content = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    return create_exclusively(directory / MANIFEST_FILE, content.encode())
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and validate a cache's manifest.
+
+    Raises:
+        DataError: missing, not JSON, or not following the schema.
+        MismatchError: of another format or version.
+    """
+    path = Path(directory) / MANIFEST_FILE
+    raw = read_json_object(path, _MAX_MANIFEST_BYTES)
+    if raw.get("format") != FORMAT_NAME:
+        raise MismatchError(f"{path}: not an {FORMAT_NAME} manifest (format is {raw.get('format')!r})")
+    if raw.get("version") != FORMAT_VERSION:
+        raise MismatchError(
+            f"{path}: cache version {raw.get('version')!r}, this program reads version {FORMAT_VERSION}: "
+            "use the release that wrote it"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise DataError(f"{path}: {first_problem(error)}") from error
+
+
+def read_json_object(path: Path, max_bytes: int) -> dict[str, Any]:
+    """Read a JSON object of bounded size.
+
+    Raises:
+        DataError: missing, too large, or not a JSON object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise DataError(f"{path}: {size} bytes, expected at most {max_bytes}")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing; is this the directory of a cache?") from error
+    except (ValueError, RecursionError, IsADirectoryError, NotADirectoryError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return a validation error's first problem as one line: where, and what."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'value'}: {problem['msg']}"
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _leaves(item, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): value}
+
+
+def differing_fields(recorded: Identity, found: Identity) -> dict[str, tuple[Any, Any]]:
+    """Return each identity field that differs, with the recorded and the new value."""
+    before, after = _leaves(recorded.model_dump(mode="json")), _leaves(found.model_dump(mode="json"))
+    return {
+        name: (before.get(name), after.get(name))
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    }
+
+
+def refuse_drift(directory: Path, recorded: Identity, found: Identity) -> None:
+    """Refuse to go on with a cache that was begun with other settings or inputs.
+
+    Raises:
+        MismatchError: names every differing field, the recorded and the new value, and the way out.
+    """
+    differing = differing_fields(recorded, found)
+    if differing:
+        listed = "; ".join(f"{name}: recorded {old!r}, now {new!r}" for name, (old, new) in differing.items())
+        raise MismatchError(
+            f"{directory} was begun with other settings and is left as it is: {listed}. "
+            "Give the recorded settings again, or choose another --output-dir"
+        )

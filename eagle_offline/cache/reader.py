@@ -1,0 +1,275 @@
+"""A cache opened for reading: samples by number, decoded from memory-mapped shards, checked when first touched."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from eagle_offline.cache.arrow import ArrowShardReader, StoredSample, decode_fields
+from eagle_offline.cache.layout import LAST_HIDDEN_STATE, TARGET_PROBS, CommitRecord, aux_field
+from eagle_offline.cache.manifest import Manifest, read_manifest
+from eagle_offline.cache.writer import committed_shards, read_record
+from eagle_offline.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+    from eagle_offline.supervision import Head
+
+# Memory maps held at once: far below the usual limit on open files.
+_MAX_OPEN_SHARDS = 128
+
+# Samples are read-only views of a memory map, and nothing here writes to them.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+
+
+@dataclass(frozen=True)
+class TargetSupervision:
+    """What a sample's target said, at positions with ``m_t ∨ m_{t+1}`` only.
+
+    Attributes:
+        positions: int64 ``[P]``, ascending.
+        last_hidden_state: ``[P, H]`` as stored, under ``factored``; else None.
+        target_probs: ``[P, Vd]`` as stored, under ``dense``; else None.
+        target_argmax: int64 ``[P]``, over the full vocabulary.
+        target_log_normalizer: float32 ``[P]``, over the full vocabulary.
+    """
+
+    positions: torch.Tensor
+    last_hidden_state: torch.Tensor | None
+    target_probs: torch.Tensor | None
+    target_argmax: torch.Tensor
+    target_log_normalizer: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One cached sample, nothing shifted.
+
+    Attributes:
+        sample_id: row of the token table.
+        input_ids: int64 ``[T]``; loss_mask: bool ``[T]``.
+        aux_hidden_states: ``[T, A·H]`` in the stored dtype, low layer first.
+        supervision: see `TargetSupervision`.
+    """
+
+    sample_id: int
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    aux_hidden_states: torch.Tensor
+    supervision: TargetSupervision
+
+
+class Cache:
+    """A cache of one target's states; `open_cache` makes one.
+
+    Samples are numbered in the order of shards and of rows inside them.
+
+    Attributes:
+        path: its directory.
+        manifest: what it is.
+        records: the commit records of the shards read from, by shard number.
+        missing_shards: shards that the manifest calls for and that are not committed.
+        shards, lengths: int64 ``[N]``, each sample's shard number and token count.
+    """
+
+    def __init__(self, path: Path, *, verify: bool = True):
+        self.path = path
+        self.manifest: Manifest = read_manifest(path)
+        identity = self.manifest.identity
+        present = committed_shards(path)
+        self.records: dict[int, CommitRecord] = {}
+        for shard in present:
+            record = read_record(path, shard)
+            if record.identity_digest != identity.digest:
+                raise DataError(
+                    f"{path}: shard {shard} was made under another manifest; "
+                    f"delete {path / f'commit-{shard:06d}.json'} and run precompute --resume"
+                )
+            self.records[shard] = record
+        self.missing_shards = sorted(set(range(identity.num_shards)) - set(present))
+        self._build_index()
+        self._verify = verify
+        self._touched = np.zeros(len(self), bool)
+        self._open: OrderedDict[int, ArrowShardReader] = OrderedDict()
+
+    def _build_index(self) -> None:
+        tables = [record.samples for record in self.records.values()]
+        counts = [len(table) for table in tables]
+
+        def column(name: str) -> np.ndarray:
+            return np.array([value for table in tables for value in getattr(table, name)], np.int64)
+
+        self.shards = np.repeat(np.array(list(self.records), np.int64), counts)
+        self.sample_ids = column("sample_id")
+        self.lengths = column("num_tokens")
+        self.num_supervised = column("num_supervised")
+        self.num_target_positions = column("num_target_positions")
+        self._record_batches = column("record_batch")
+        self._rows = column("row")
+        self._digests = [digest for table in tables for digest in table.digest]
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return a sample decoded on the CPU.
+
+        Raises:
+            IndexError: no such sample. DataError: its bytes are not what the record says.
+        """
+        import torch
+
+        stored = self.read_stored(index)
+        fields = decode_fields(self.manifest.identity.capture.fields, stored)
+        loss_mask = torch.from_numpy(stored.loss_mask).bool()
+        return Sample(
+            sample_id=stored.sample_id,
+            input_ids=torch.from_numpy(stored.input_ids).long(),
+            loss_mask=loss_mask,
+            aux_hidden_states=torch.cat([fields[aux_field(i)] for i in self.aux_layer_ids], dim=-1),
+            supervision=TargetSupervision(
+                positions=self._positions(index, loss_mask),
+                last_hidden_state=fields.get(LAST_HIDDEN_STATE),
+                target_probs=fields.get(TARGET_PROBS),
+                target_argmax=torch.from_numpy(stored.target_argmax).long(),
+                target_log_normalizer=torch.from_numpy(stored.target_log_normalizer).clone(),
+            ),
+        )
+
+    def read_stored(self, index: int) -> StoredSample:
+        """Return a sample as stored, its digest checked on first touch.
+
+        Raises:
+            IndexError: no such sample. DataError: its bytes are not what the record says.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(self.shards[index])
+        stored = self._shard(shard).read(int(self._record_batches[index]), int(self._rows[index]))
+        sizes = (stored.sample_id, len(stored.input_ids), len(stored.loss_mask), len(stored.target_argmax))
+        length = self.lengths[index]
+        if sizes != (self.sample_ids[index], length, length, self.num_target_positions[index]):
+            raise self._damage(index, "is not the sample that its record names")
+        if self._verify and not self._touched[index]:
+            if stored.digest() != self._digests[index]:
+                raise self._damage(index, "does not match its digest: the file was damaged after it was written")
+            self._touched[index] = True
+        return stored
+
+    def _positions(self, index: int, loss_mask: torch.Tensor) -> torch.Tensor:
+        from eagle_offline.supervision import supervised_positions
+
+        positions = supervised_positions(loss_mask).nonzero().squeeze(-1)
+        if len(positions) != self.num_target_positions[index]:
+            raise self._damage(index, "has supervision at other positions than its loss mask calls for")
+        return positions
+
+    def _damage(self, index: int, what: str) -> DataError:
+        shard = int(self.shards[index])
+        return DataError(
+            f"{self.path / self.records[shard].file}: sample {self.sample_ids[index]} {what}; delete "
+            f"{self.path / f'commit-{shard:06d}.json'} and run precompute --resume to make the shard again"
+        )
+
+    def _shard(self, shard: int) -> ArrowShardReader:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        identity = self.manifest.identity
+        path = self.path / self.records[shard].file
+        reader = ArrowShardReader(path, identity.capture.fields, shard, identity.digest)
+        self._open[shard] = reader
+        if len(self._open) > _MAX_OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return reader
+
+    @property
+    def aux_layer_ids(self) -> list[int]:
+        return self.manifest.identity.capture.aux_layer_ids
+
+    @cached_property
+    def head(self) -> Head:
+        """The target's head as stored."""
+        from eagle_offline.cache.companions import read_head
+
+        return read_head(self.path)
+
+    @cached_property
+    def embeddings(self) -> torch.Tensor:
+        """The target's raw token embeddings ``[V, H]``."""
+        from eagle_offline.cache.companions import read_embeddings
+
+        return read_embeddings(self.path)
+
+    @cached_property
+    def selected_token_ids(self) -> torch.Tensor:
+        """The default draft vocabulary, int64 ``[Vd]``."""
+        from eagle_offline.cache.companions import read_vocab
+
+        vocabulary = self.manifest.defaults.draft_vocabulary
+        return read_vocab(self.path, vocabulary.digest, self.manifest.identity.target.vocab_size)
+
+    @cached_property
+    def selected_token_mask(self) -> torch.Tensor:
+        """Bool ``[V]``, true on the default draft vocabulary."""
+        import torch
+
+        mask = torch.zeros(self.manifest.identity.target.vocab_size, dtype=torch.bool)
+        mask[self.selected_token_ids] = True
+        return mask
+
+    @cached_property
+    def _selected_head(self) -> Head:
+        return self.head.select(self.selected_token_ids)
+
+    def target_probs(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the projected target distribution of a sample, nothing shifted.
+
+        Returns:
+            float32 ``[T, Vd]``, zero where ``m_t = 0``; bool ``[T, 1]``, the position mask ``c``.
+        """
+        import torch
+
+        supervision = sample.supervision
+        if supervision.last_hidden_state is not None:
+            stored = self._selected_head.logits(supervision.last_hidden_state).softmax(dim=-1)
+        elif supervision.target_probs is not None:
+            stored = supervision.target_probs.float()
+        else:
+            raise DataError(f"{self.path}: the sample carries no target supervision")
+        supervised = sample.loss_mask[supervision.positions]
+        num_tokens = len(sample.input_ids)
+        probs = torch.zeros(num_tokens, stored.shape[-1])
+        probs[supervision.positions] = stored * supervised.unsqueeze(-1)
+        mask = torch.zeros(num_tokens, 1, dtype=torch.bool)
+        mask[supervision.positions, 0] = supervised & self.selected_token_mask[supervision.target_argmax]
+        return probs, mask
+
+
+def open_cache(path: str | Path, *, allow_partial: bool = False, verify: bool = True) -> Cache:
+    """Open a cache for reading.
+
+    Args:
+        path: its directory.
+        allow_partial: accept missing shards; their samples are then absent.
+        verify: check each sample's digest when it is first read.
+
+    Raises:
+        DataError: no cache there, shards missing, or records damaged.
+        MismatchError: of another format or version.
+    """
+    cache = Cache(Path(path), verify=verify)
+    if cache.missing_shards and not allow_partial:
+        total = cache.manifest.identity.num_shards
+        raise DataError(
+            f"{path}: {len(cache.missing_shards)} of {total} shards are missing (first: {cache.missing_shards[0]}); "
+            "finish it with precompute --resume, or train on what is there with --allow-partial"
+        )
+    return cache

@@ -1,0 +1,121 @@
+"""Shards come into being: written beside, made durable, named by content, committed by a record if none is there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from eagle_offline.cache.arrow import ArrowShardWriter, StoredSample
+from eagle_offline.cache.layout import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    CommitRecord,
+    LostSample,
+    record_file,
+    shard_file,
+    shard_of_record,
+)
+from eagle_offline.cache.manifest import Identity, first_problem, read_json_object
+from eagle_offline.durable import (
+    create_exclusively,
+    explained_os_errors,
+    fsync_directory,
+    fsync_file,
+    temporary_sibling,
+)
+from eagle_offline.errors import DataError
+
+# A record holds a few dozen bytes a sample; nothing larger than this is ever parsed.
+_MAX_RECORD_BYTES = 256 << 20
+
+
+def committed_shards(directory: Path) -> list[int]:
+    """Return the numbers of the shards that have a commit record, in order."""
+    return sorted(shard for name in os.listdir(directory) if (shard := shard_of_record(name)) is not None)
+
+
+def read_record(directory: Path, shard: int) -> CommitRecord:
+    """Read and validate a shard's commit record.
+
+    Raises:
+        DataError: missing, or not following the schema; names `precompute --resume` as the way out.
+    """
+    path = directory / record_file(shard)
+    raw = read_json_object(path, _MAX_RECORD_BYTES)
+    try:
+        record = CommitRecord.model_validate(raw)
+    except ValidationError as error:
+        raise DataError(
+            f"{path}: {first_problem(error)}; delete it and run precompute --resume to make shard {shard} again"
+        ) from error
+    lengths = {len(column) for column in record.samples.model_dump().values()}
+    if record.shard != shard or len(lengths) != 1:
+        raise DataError(f"{path}: the record of another shard, or of columns of unequal length")
+    return record
+
+
+@contextmanager
+def _shard_writer(path: Path, shard: int, identity: Identity) -> Iterator[ArrowShardWriter]:
+    writer = ArrowShardWriter(path, identity.capture.fields, shard, identity.digest)
+    try:
+        yield writer
+    except BaseException:
+        writer.abort()
+        path.unlink(missing_ok=True)
+        raise
+
+
+def write_shard(
+    directory: Path,
+    identity: Identity,
+    shard: int,
+    samples: Iterable[StoredSample | LostSample],
+    environment: dict[str, Any],
+) -> CommitRecord:
+    """Write and commit one shard; the record that stands afterwards is returned, this call's or another writer's.
+
+    Samples are streamed: what is held in memory is one record batch. Whatever interrupts it leaves no record,
+    so the shard does not exist. When another process committed the same shard meanwhile, this call's file goes.
+
+    Raises:
+        SpaceError: the disk is full; EagleOfflineError: not permitted to write.
+    """
+    sibling = temporary_sibling(directory / f"shard-{shard:06d}.arrow")
+    lost: list[LostSample] = []
+    with explained_os_errors(directory):
+        with _shard_writer(sibling, shard, identity) as writer:
+            for sample in samples:
+                if isinstance(sample, LostSample):
+                    lost.append(sample)
+                else:
+                    writer.append(sample)
+            table, digest, file_bytes = writer.close()
+            fsync_file(sibling)
+            final = directory / shard_file(shard, digest)
+            os.replace(sibling, final)
+        fsync_directory(directory)
+    record = CommitRecord(
+        format=FORMAT_NAME,
+        version=FORMAT_VERSION,
+        identity_digest=identity.digest,
+        shard=shard,
+        file=final.name,
+        file_bytes=file_bytes,
+        digest=digest,
+        samples=table,
+        lost=lost,
+        column_bytes=writer.column_bytes,
+        finite=True,
+        environment=environment,
+    )
+    if create_exclusively(directory / record_file(shard), record.model_dump_json().encode()):
+        return record
+    standing = read_record(directory, shard)
+    if standing.file != final.name:
+        final.unlink(missing_ok=True)
+    return standing

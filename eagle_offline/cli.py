@@ -1,0 +1,205 @@
+"""The command line: flags made from the settings records, one line for every error a user can cause."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from pydantic import BaseModel
+
+from eagle_offline import __version__
+from eagle_offline.config import ExampleSettings, PrecomputeSettings, TokenizeSettings, TrainSettings, build, read_yaml
+from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EagleOfflineError
+
+_LIST_FLAGS = ("--aux-layer-ids",)
+
+
+class _Command(click.Command):
+    """A command whose list flags take several values: ``--aux-layer-ids 1 15 28``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _join_lists(args))
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.epilog:
+            with formatter.section("Examples"):
+                for line in self.epilog.strip().splitlines():
+                    formatter.write_text(line.strip())
+
+
+def _join_lists(args: list[str]) -> list[str]:
+    """Return the arguments with the values of a list flag joined by commas, repeated flags folded into one."""
+    joined: list[str] = []
+    lists: dict[str, list[str]] = {}
+    current: str | None = None
+    for arg in args:
+        flag, _, value = arg.partition("=")
+        if flag in _LIST_FLAGS:
+            current = flag
+            lists.setdefault(flag, [])
+            if value:
+                lists[flag].append(value)
+        elif current is not None and not arg.startswith("--"):
+            lists[current].append(arg)
+        else:
+            current = None
+            joined.append(arg)
+    return [*joined, *(part for flag, values in lists.items() for part in (flag, ",".join(values)))]
+
+
+def settings_command(group: click.Group, name: str, kind: type[BaseModel], examples: str) -> Callable[..., Any]:
+    """Return a decorator that makes a command of ``group`` whose flags are the fields of ``kind``."""
+
+    def decorate(function: Callable[[Any], None]) -> click.Command:
+        def callback(config: Path | None, **given: Any) -> None:
+            values = {} if config is None else read_yaml(config)
+            values.update({key: value for key, value in given.items() if value is not None})
+            settings = build(kind, values, where=f"{name} ")
+            function(settings)
+
+        command = _Command(name, callback=callback, help=function.__doc__, epilog=examples)
+        for field, info in kind.model_fields.items():
+            command.params.append(_option(field, info))
+        config_help = "YAML file of settings; flags win over it."
+        command.params.append(click.Option(["--config"], type=click.Path(path_type=Path), help=config_help))
+        group.add_command(command)
+        return command
+
+    return decorate
+
+
+def _option(field: str, info: Any) -> click.Option:
+    """Return the flag of a settings field; its default stays with the settings, so that a file can stand between."""
+    extra = info.json_schema_extra or {}
+    flag = "--" + field.replace("_", "-")
+    help_text = info.description or ""
+    if info.is_required():
+        help_text += "  [required]"
+    elif info.default is not None:
+        help_text += f"  [default: {info.default}]"
+    kind = _plain_type(info.annotation)
+    if kind is bool:
+        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=help_text)
+    metavar = None
+    if typing.get_origin(kind) is Literal:
+        metavar = "|".join(typing.get_args(kind))
+    elif kind in (int, float, Path):
+        metavar = {int: "N", float: "X", Path: "PATH"}[kind]
+    elif flag in _LIST_FLAGS:
+        metavar = "N [N …]"
+    return click.Option([flag, *extra.get("flags", [])], type=str, metavar=metavar, help=help_text)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """Return an annotation without its ``| None``."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+        return kinds[0]
+    return annotation
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    """Cache a frozen LLM's states once, then train EAGLE-3 draft models from the cache alone.
+
+    \b
+    eagle-offline quickstart                                   the whole job on an embedded example
+    eagle-offline precompute --target-model M --input-data D --output-dir C --resume
+    eagle-offline inspect-manifest C --verify
+    eagle-offline train --cache C --output-dir O --resume
+    """
+
+
+@settings_command(cli, "tokenize", TokenizeSettings, "eagle-offline tokenize --target-model M --input-data chat.jsonl --output-dir C")
+def _tokenize(settings: TokenizeSettings) -> None:
+    """Turn chat data into tokens and loss masks (CPU only). `precompute` does this itself when it is not done."""
+    from eagle_offline.stages import tokenize
+
+    _show(tokenize(settings).meta.model_dump(mode="json"))
+
+
+@settings_command(
+    cli,
+    "precompute",
+    PrecomputeSettings,
+    """
+    eagle-offline precompute --target-model meta-llama/Llama-3.1-8B-Instruct --input-data chat.jsonl --output-dir C
+    eagle-offline precompute … --output-dir C --resume              (after any interruption)
+    eagle-offline precompute … --aux-layer-ids 1 15 28 --dry-run    (check and plan, write no shard)
+    """,
+)
+def _precompute(settings: PrecomputeSettings) -> None:
+    """Run the target over chat data once and write its states as a cache."""
+    from eagle_offline.stages import precompute
+
+    _show(precompute(settings))
+
+
+@settings_command(
+    cli,
+    "train",
+    TrainSettings,
+    """
+    eagle-offline train --cache C --output-dir O
+    eagle-offline train --cache C --output-dir O --resume
+    eagle-offline train --config train.yaml --learning-rate 5e-5
+    """,
+)
+def _train(settings: TrainSettings) -> None:
+    """Train an EAGLE-3 draft from a cache; the target is never loaded."""
+    from eagle_offline.stages import train
+
+    _show(train(settings))
+
+
+@cli.command("inspect-manifest")
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+@click.option("--verify", is_flag=True, help="Read the whole cache and check every digest.")
+def _inspect(cache: Path, as_json: bool, verify: bool) -> None:
+    """Show what a cache is, how complete it is and what it takes on disk."""
+    from eagle_offline.stages import inspect_manifest
+
+    description = inspect_manifest(cache, verify=verify)
+    if as_json:
+        _show(description)
+    else:
+        from eagle_offline.inspection import render_text
+
+        click.echo(render_text(description))
+    if description.get("problems"):
+        raise SystemExit(4)
+
+
+def _show(value: dict[str, Any]) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and end the process with its exit code."""
+    try:
+        cli.main(args=argv, prog_name="eagle-offline", standalone_mode=False)
+    except EagleOfflineError as error:
+        click.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.Abort:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of our output went away; nothing of ours failed.
+        sys.stderr.close()
+        raise SystemExit(EXIT_FAILURE) from None
+    raise SystemExit(EXIT_DONE)
+
+
+if __name__ == "__main__":
+    main()

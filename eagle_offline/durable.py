@@ -1,0 +1,144 @@
+"""Files that are either there in full or not there at all.
+
+Everything the project writes goes through here: to a sibling name first, made durable, then put in place. A crash
+leaves a sibling with the temporary mark in its name, which no reader ever looks at.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from eagle_offline.errors import EagleOfflineError, SpaceError
+
+TEMPORARY_MARK = ".partial-"
+
+# A temporary file of another machine is taken for abandoned after this long.
+ABANDONED_SECONDS = 24 * 3600
+
+
+@contextmanager
+def explained_os_errors(path: Path | str) -> Iterator[None]:
+    """Turn what an operating system says about writing below ``path`` into one line with the way out.
+
+    Raises:
+        SpaceError: no space left, or the quota is used up.
+        EagleOfflineError: no permission, or a read-only file system.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpaceError(
+                f"{path}: {error.strerror}; nothing committed is lost: free some space and run again with --resume"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise EagleOfflineError(f"{path}: cannot write: {error.strerror}; choose another directory") from error
+        raise
+
+
+def temporary_sibling(path: Path) -> Path:
+    """Return an unused name beside ``path`` that says which process of which host writes it."""
+    return path.with_name(f".{path.name}{TEMPORARY_MARK}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make renames inside ``directory`` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(directory: Path) -> None:
+    """Create ``directory`` and its parents.
+
+    Raises:
+        EagleOfflineError: not permitted, or something else stands in the way.
+    """
+    with explained_os_errors(directory):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise EagleOfflineError(f"{directory}: a file stands where a directory is needed") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a sibling name to write; on success its content durably replaces ``path``, on failure it is removed."""
+    sibling = temporary_sibling(path)
+    try:
+        with explained_os_errors(path):
+            yield sibling
+            fsync_file(sibling)
+            os.replace(sibling, path)
+            fsync_directory(path.parent)
+    finally:
+        sibling.unlink(missing_ok=True)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the content of ``path`` durable."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Durably replace ``path`` by ``content``."""
+    with replacing(path) as sibling:
+        sibling.write_bytes(content)
+
+
+def create_exclusively(path: Path, content: bytes) -> bool:
+    """Durably create ``path`` with ``content`` unless it is there; return whether this call created it.
+
+    A hard link carries the whole content under the final name in one step and fails if the name is taken.
+    """
+    sibling = temporary_sibling(path)
+    with explained_os_errors(path):
+        try:
+            sibling.write_bytes(content)
+            fsync_file(sibling)
+            os.link(sibling, path)
+        except FileExistsError:
+            return False
+        finally:
+            sibling.unlink(missing_ok=True)
+        fsync_directory(path.parent)
+    return True
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove temporary files below ``directory`` whose writer is gone: dead on this host, or a day old."""
+    for path in directory.rglob(f".*{TEMPORARY_MARK}*"):
+        host, _, rest = path.name.rpartition(TEMPORARY_MARK)[2].rpartition("-")[0].rpartition("-")
+        if host == socket.gethostname() and rest.isdigit():
+            abandoned = not _is_alive(int(rest))
+        else:
+            abandoned = _age_seconds(path) > ABANDONED_SECONDS
+        if abandoned:
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _age_seconds(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,133 @@
+"""Where something came from: digests of files and settings, and the environment a result was made in.
+
+Digests are xxh3_128 in hexadecimal: they find accidents (a changed file, a mixed-up cache), not attacks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from eagle_offline.errors import DataError
+
+_READ_BYTES = 4 << 20
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".py", ".jinja")
+_RECORDED_PACKAGES = ("eagle-offline", "torch", "transformers", "pyarrow", "numcodecs", "numpy")
+
+
+def digest_bytes(content: bytes) -> str:
+    """Return the digest of ``content``."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def digest_json(value: Any) -> str:
+    """Return the digest of a JSON value, whatever the order of its keys."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+
+
+def digest_file(path: Path) -> str:
+    """Return the digest of a file's bytes, read in pieces."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def digest_checkpoint(directory: Path, *, rehash: bool = False) -> str:
+    """Return the digest of a local model directory: names and contents of its weights, configs and code.
+
+    Files of a hub snapshot are links to blobs named by their content's hash; that name is taken, nothing is read.
+    Other files are digested once, in parallel, and remembered in the user's cache directory by path, size,
+    modification time and inode.
+
+    Args:
+        directory: the model directory.
+        rehash: read every file again.
+
+    Raises:
+        DataError: the directory holds no model files.
+    """
+    files = sorted(
+        path for path in directory.iterdir() if path.suffix in _WEIGHT_SUFFIXES and not path.name.startswith(".")
+    )
+    if not files:
+        raise DataError(f"{directory}: no model files found (expected config.json and *.safetensors)")
+    remembered = {} if rehash else _read_remembered()
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        digests = dict(zip(files, pool.map(lambda path: _content_hash(path, remembered), files), strict=True))
+    _remember({_file_key(path): digest for path, digest in digests.items()})
+    return digest_json({path.name: digest for path, digest in digests.items()})
+
+
+def _content_hash(path: Path, remembered: dict[str, str]) -> str:
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and path.is_symlink():
+        return blob.name
+    return remembered.get(_file_key(path)) or digest_file(path)
+
+
+def _file_key(path: Path) -> str:
+    status = path.stat()
+    return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+
+
+def _remembered_file() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "eagle_offline" / "file-digests.json"
+
+
+def _read_remembered() -> dict[str, str]:
+    try:
+        remembered = json.loads(_remembered_file().read_text())
+    except (OSError, ValueError):  # no memory, or a torn one: the files are read again
+        return {}
+    return remembered if isinstance(remembered, dict) else {}
+
+
+def _remember(digests: dict[str, str]) -> None:
+    file = _remembered_file()
+    sibling = file.with_name(f".{file.name}-{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        sibling.write_text(json.dumps({**_read_remembered(), **digests}))
+        os.replace(sibling, file)
+    except OSError:  # only a memory: without it the files are read again next time
+        sibling.unlink(missing_ok=True)
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that can change a result."""
+    versions = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions
+
+
+def describe_environment(device: str) -> dict[str, Any]:
+    """Return what the same bytes can be expected from: device model, library versions, thread count.
+
+    Args:
+        device: a torch device string.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    model = torch.cuda.get_device_name(device) if kind == "cuda" else platform.machine()
+    return {
+        "device_kind": kind,
+        "device_model": model,
+        "num_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "packages": package_versions(),
+    }
