@@ -15,6 +15,8 @@ The cache stores unshifted samples; the shift happens once, when a batch is asse
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -106,3 +108,34 @@ def causal_visibility(attention_mask: Tensor, seq_lens: Tensor | None = None) ->
         visible &= (documents[:, :, None] == documents[:, None, :]) & (documents[:, None, :] >= 0)
     visible |= torch.eye(num_slots, dtype=torch.bool, device=attention_mask.device)
     return visible.unsqueeze(1)
+
+
+@dataclass
+class SlotBatch:
+    """Slot-frame tensors of one unroll.
+
+    Attributes:
+        input_ids: int64 ``[B, T]``.
+        attention_mask: ``[B, T]``, 1 on real slots.
+        loss_mask: bool ``[B, T]``.
+        aux_hidden_states: ``[B, T, A·H]``.
+        target_probs: float32 ``[B, T, Vd]``.
+        position_mask: bool ``[B, T]``.
+        position_ids, doc_remaining: int64 ``[B, T]`` or None; seq_lens: int64 ``[B, max_docs]`` or None.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    aux_hidden_states: Tensor
+    target_probs: Tensor
+    position_mask: Tensor
+    position_ids: Tensor | None = None
+    seq_lens: Tensor | None = None
+    doc_remaining: Tensor | None = None
+
+    def counting_slots(self, mask: Tensor, ttt_step: int) -> Tensor:
+        """Return bool ``[B, T]``: the slots of an already shifted mask whose step stays inside their document."""
+        if self.doc_remaining is None:
+            return mask
+        return mask & (ttt_step < self.doc_remaining)

@@ -8,11 +8,12 @@ conversation before it: greedy decoding of a well trained target can be compared
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from eagle_offline.durable import make_directory, write_bytes
 
 DEFAULT_CONVERSATIONS = 2400
 DEFAULT_HELDOUT_CONVERSATIONS = 120
@@ -346,21 +347,12 @@ def generate_conversations(num_conversations: int, seed: int) -> Iterator[dict]:
             seen.add(text)
 
 
-def replace_file(file: Path | str, text: str) -> None:
-    """Write `text` so that `file` is complete and durable, or stays as it was."""
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sibling = file.with_name(file.name + ".tmp")
-    with sibling.open("wb") as stream:
-        stream.write(text.encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-    sibling.replace(file)
-
-
 def write_conversations(file: Path | str, conversations: Iterable[dict]) -> None:
     """Write one JSON object per line; `file` appears complete or not at all."""
-    replace_file(file, "".join(json.dumps(conversation, ensure_ascii=False) + "\n" for conversation in conversations))
+    file = Path(file)
+    make_directory(file.parent)
+    lines = (json.dumps(conversation, ensure_ascii=False) + "\n" for conversation in conversations)
+    write_bytes(file, "".join(lines).encode())
 
 
 def read_conversations(file: Path | str) -> list[dict]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -20,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from eagle_offline.durable import fsync_directory, fsync_file, write_bytes
 from eagle_offline.errors import StoppedEarly
-from eagle_offline.example.corpus import read_conversations, replace_file
+from eagle_offline.example.corpus import read_conversations
 
 END_OF_TEXT = "<|endoftext|>"
 START_OF_TURN = "<|im_start|>"
@@ -267,8 +267,8 @@ class _TrainingState:
 def _flush_files(directory: Path) -> None:
     """Make the content of every file in `directory` durable."""
     for file in directory.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+        fsync_file(file)
+    fsync_directory(directory)
 
 
 def _fingerprint(train_file: Path, config: ExampleTargetConfig) -> str:
@@ -342,7 +342,7 @@ def train_target(
         "steps": config.steps,
         "num_threads": torch.get_num_threads(),
     }
-    replace_file(output_dir / COMPLETION_FILE, json.dumps(summary, indent=2) + "\n")
+    write_bytes(output_dir / COMPLETION_FILE, (json.dumps(summary, indent=2) + "\n").encode())
     shutil.rmtree(checkpoints, ignore_errors=True)
     return summary
 

@@ -19,9 +19,9 @@ def masked_soft_cross_entropy(logits: Tensor, target_probs: Tensor, position_mas
     Args:
         logits: float ``[B, T, Vd]``, the draft's.
         target_probs: float ``[B, T, Vd]``.
-        position_mask: bool ``[B, T, 1]``.
+        position_mask: ``[B, T, 1]``, 1 or true where supervised.
     """
-    return masked_mean(soft_cross_entropy(logits, target_probs), position_mask.squeeze(-1))
+    return masked_mean(soft_cross_entropy(logits, target_probs), position_mask.squeeze(-1).bool())
 
 
 def kl_div_loss(logits: Tensor, target_logits: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eagle_offline.alignment import shift_left_with_zero
+from eagle_offline.alignment import SlotBatch, shift_left_with_zero
+from eagle_offline.alignment import doc_remaining as remaining_steps
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.errors import UsageError
 from eagle_offline.objectives.losses import masked_sum, overlap, soft_cross_entropy
@@ -36,37 +37,6 @@ class Eagle3StepMetrics:
     valid_tokens: Tensor
     step_prefix_hits: Tensor
     step_valid: Tensor
-
-
-@dataclass
-class SlotBatch:
-    """Slot-frame tensors of one unroll; see `eagle_offline.alignment`.
-
-    Attributes:
-        input_ids: int64 ``[B, T]``.
-        attention_mask: ``[B, T]``, 1 on real slots.
-        loss_mask: bool ``[B, T]``.
-        aux_hidden_states: ``[B, T, A·H]``.
-        target_probs: float32 ``[B, T, Vd]``.
-        position_mask: bool ``[B, T]``.
-        position_ids, doc_remaining: int64 ``[B, T]`` or None; seq_lens: int64 ``[B, max_docs]`` or None.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    loss_mask: Tensor
-    aux_hidden_states: Tensor
-    target_probs: Tensor
-    position_mask: Tensor
-    position_ids: Tensor | None = None
-    seq_lens: Tensor | None = None
-    doc_remaining: Tensor | None = None
-
-    def counting_slots(self, mask: Tensor, ttt_step: int) -> Tensor:
-        """Return bool ``[B, T]``: the slots of an already shifted mask whose step stays inside their document."""
-        if self.doc_remaining is None:
-            return mask
-        return mask & (ttt_step < self.doc_remaining)
 
 
 @dataclass
@@ -137,7 +107,7 @@ def unroll(draft_model: Eagle3DraftModel, batch: SlotBatch, ttt_steps: int) -> U
         overlaps.append(masked_sum(alpha, supervised))
         log_overlaps.append(masked_sum(log_alpha, supervised))
         counts.append(supervised.sum())
-        hits.append(supervised & (logits.argmax(-1) == probs.argmax(-1)))
+        hits.append(supervised & (logits.argmax(dim=-1) == probs.argmax(dim=-1)))
         valid.append(batch.counting_slots(loss_mask, step))
     return UnrollSums(
         losses=torch.stack(losses),
@@ -213,8 +183,8 @@ class Eagle3TrainerModule(nn.Module):
         """Run the unrolled loss for one slot-frame batch.
 
         Exactly one supervision: full-vocabulary ``target_logits`` ``[B, T, V]``, or ``target_probs`` ``[B, T, Vd]``
-        with ``position_mask`` ``[B, T, 1]``. Packed rows bring ``position_ids``, ``seq_lens`` and
-        ``doc_remaining``; other tensors are described in `SlotBatch`.
+        with ``position_mask`` ``[B, T, 1]``. Packed rows bring ``position_ids`` and ``seq_lens``;
+        ``doc_remaining`` follows from ``seq_lens`` when it is left out. Other tensors: see `SlotBatch`.
 
         Raises:
             UsageError: none or both supervisions given.
@@ -227,6 +197,8 @@ class Eagle3TrainerModule(nn.Module):
             )
         if target_probs is None or position_mask is None:
             raise UsageError("target_probs needs its position_mask")
+        if doc_remaining is None and seq_lens is not None:
+            doc_remaining = remaining_steps(seq_lens, input_ids.shape[1])
         batch = SlotBatch(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ def validate_aux_layer_ids(aux_layer_ids: Sequence[int], num_layers: int) -> lis
         UsageError: empty, not strictly increasing, or out of range.
     """
     ids = [int(layer_id) for layer_id in aux_layer_ids]
-    increasing = all(low < high for low, high in zip(ids, ids[1:], strict=False))
+    increasing = all(low < high for low, high in pairwise(ids))
     if not ids or not increasing or ids[0] < 0 or ids[-1] >= num_layers:
         raise UsageError(
             f"--aux-layer-ids {' '.join(map(str, ids)) or '(none)'}: expected strictly increasing layer numbers from 0 "

@@ -22,6 +22,10 @@ def draw(seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, t
     return logits, probs, mask
 
 
+def value(loss: torch.Tensor) -> float:
+    return float(loss.detach())
+
+
 def written_out(logits: torch.Tensor, probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     total, count = soft_cross_entropy_sum(logits.flatten(0, 1), probs.flatten(0, 1), mask.flatten())
     return total / count
@@ -37,7 +41,7 @@ def test_loss_and_gradient_equal_the_mean_over_masked_positions(seed: int, dtype
     found = masked_soft_cross_entropy(logits, probs, mask)
     (grad,) = torch.autograd.grad(found, logits)
     assert found.dim() == 0
-    assert float(found) == pytest.approx(float(expected), rel=relative)
+    assert value(found) == pytest.approx(value(expected), rel=relative)
     torch.testing.assert_close(grad.double(), expected_grad, rtol=relative, atol=relative * 1e-1)
 
 
@@ -45,14 +49,14 @@ def test_loss_and_gradient_equal_the_mean_over_masked_positions(seed: int, dtype
 def test_the_mask_may_be_of_any_kind_of_zero_and_one(dtype: torch.dtype) -> None:
     logits, probs, mask = draw(3)
     expected = written_out(logits, probs, mask)
-    assert float(masked_soft_cross_entropy(logits, probs, mask.to(dtype))) == pytest.approx(float(expected), rel=1e-12)
+    assert value(masked_soft_cross_entropy(logits, probs, mask.to(dtype))) == pytest.approx(value(expected), rel=1e-12)
 
 
 def test_no_position_gives_zero_with_zero_gradients() -> None:
     logits, probs, mask = draw(4)
     loss = masked_soft_cross_entropy(logits, probs, torch.zeros_like(mask))
     (grad,) = torch.autograd.grad(loss, logits)
-    assert float(loss) == 0
+    assert value(loss) == 0
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
@@ -62,7 +66,7 @@ def test_positions_outside_the_mask_change_neither_value_nor_gradient() -> None:
     mixed = torch.where(mask, logits.detach(), other_logits.detach()).requires_grad_()
     before = masked_soft_cross_entropy(logits, probs, mask)
     after = masked_soft_cross_entropy(mixed, torch.where(mask, probs, other_probs), mask)
-    assert float(after) == pytest.approx(float(before), rel=1e-12)
+    assert value(after) == pytest.approx(value(before), rel=1e-12)
     (grad,) = torch.autograd.grad(after, mixed)
     assert torch.equal(grad[~mask.squeeze(-1)], torch.zeros_like(grad[~mask.squeeze(-1)]))
 
@@ -72,14 +76,14 @@ def test_extreme_logits_stay_finite_and_right() -> None:
     probs = torch.tensor([[[0.0, 0.5, 0.5]]])
     loss = masked_soft_cross_entropy(logits, probs, torch.ones(1, 1, 1, dtype=torch.bool))
     (grad,) = torch.autograd.grad(loss, logits)
-    assert float(loss) == pytest.approx(1.5e4, rel=1e-12)
+    assert value(loss) == pytest.approx(1.5e4, rel=1e-12)
     torch.testing.assert_close(grad, torch.tensor([[[1.0, -0.5, -0.5]]], dtype=torch.float64))
 
 
 def test_uniform_logits_cost_the_log_of_the_draft_vocabulary() -> None:
     _, probs, mask = draw(7)
     loss = masked_soft_cross_entropy(torch.zeros(2, 5, 7, dtype=torch.float64), probs, mask)
-    assert float(loss) == pytest.approx(math.log(7), rel=1e-6)  # float32 probabilities sum to one to 1e-7
+    assert value(loss) == pytest.approx(math.log(7), rel=1e-6)  # float32 probabilities sum to one to 1e-7
 
 
 @given(st.integers(0, 2**31), st.floats(-50, 50))
@@ -89,7 +93,7 @@ def test_adding_a_constant_to_every_logit_changes_nothing(seed: int, constant: f
     before = masked_soft_cross_entropy(logits, probs, mask)
     after = masked_soft_cross_entropy(logits + constant, probs, mask)
     # a float32 distribution sums to one within 1e-7 and so does not move by more than that times the constant
-    assert float(after) == pytest.approx(float(before), rel=1e-9, abs=1e-11)
+    assert value(after) == pytest.approx(value(before), rel=1e-9, abs=1e-11)
 
 
 @given(st.integers(0, 2**31))
@@ -98,4 +102,4 @@ def test_no_draft_costs_less_than_the_target_itself(seed: int) -> None:
     logits, probs, mask = draw(seed)
     exact = torch.log(probs.double())
     floor = masked_soft_cross_entropy(exact, probs, mask)
-    assert float(masked_soft_cross_entropy(logits, probs, mask)) >= float(floor) - 1e-6
+    assert value(masked_soft_cross_entropy(logits, probs, mask)) >= value(floor) - 1e-6

@@ -31,7 +31,11 @@ def test_text_parts_are_joined() -> None:
 def test_row_level_system_text_becomes_the_first_turn_once() -> None:
     assert parse_conversation({"messages": HELLO, "system": "Be brief."})[0] == Message("system", "Be brief.")
     own = [{"role": "system", "content": "Own."}, *HELLO]
-    assert [turn.role for turn in parse_conversation({"messages": own, "system": "x"})] == ["system", "user", "assistant"]
+    assert [turn.role for turn in parse_conversation({"messages": own, "system": "x"})] == [
+        "system",
+        "user",
+        "assistant",
+    ]
 
 
 def test_further_fields_reach_the_template_and_nulls_do_not() -> None:

@@ -244,12 +244,14 @@ def test_digests_survive_saving_calls_and_another_process(tmp_path: Path) -> Non
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert [tokenizer_digest(loaded), template_digest(loaded)] == digests
     code = (
-        "import sys; from transformers import AutoTokenizer; from eagle_offline.text import templates as t;"
-        "k = AutoTokenizer.from_pretrained(sys.argv[1]); print(t.tokenizer_digest(k), t.template_digest(k))"
+        "import sys; from transformers import PreTrainedTokenizerFast; from eagle_offline.text import templates as t;"
+        "k = PreTrainedTokenizerFast.from_pretrained(sys.argv[1]); print(t.tokenizer_digest(k), t.template_digest(k))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code, str(tmp_path)]
-    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split() == digests
+    assert (
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split() == digests
+    )
 
 
 def test_digests_tell_tokenizers_and_templates_apart() -> None:

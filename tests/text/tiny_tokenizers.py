@@ -31,10 +31,13 @@ CHATML = (
 )
 CHATML_TAGGED = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
     "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-CHATML_WITHOUT_PROMPT = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+CHATML_WITHOUT_PROMPT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+)
 CHATML_REASONING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
@@ -57,7 +60,8 @@ MISTRAL = (
     "{% else %}{{ ' ' + m.content + '</s>' }}{% endif %}{% endfor %}"
 )
 FORGETFUL = (
-    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}{{ '<|im_start|>assistant\\n<|im_end|>\\n' }}"
+    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}"
+    "{{ '<|im_start|>assistant\\n<|im_end|>\\n' }}"
     "{% else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
@@ -77,7 +81,9 @@ def byte_tokenizer(
     tokenizer.add_special_tokens(
         [AddedToken(text, special=True, normalized=False, rstrip=text == rstrip) for text in SPECIAL_TOKENS]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, eos_token="</s>", bos_token="<s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=template, eos_token="</s>", bos_token="<s>"
+    )
 
 
 def word_tokenizer(template: str | None, words: str) -> PreTrainedTokenizerFast:
@@ -99,5 +105,7 @@ def turns(*texts: str, system: str | None = None) -> list[dict[str, Any]]:
 def write_jsonl(path: Path, rows: list[Any]) -> Path:
     """Write objects as JSON lines; a str is written as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return path

@@ -1,0 +1,80 @@
+"""Metrics as JSON lines, one object a line, in step order whatever interrupted the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from eagle_offline.durable import explained_os_errors, write_bytes
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsRow(BaseModel):
+    """One line of ``metrics.jsonl``.
+
+    Attributes:
+        kind: ``train`` for a step, ``heldout`` for a validation.
+        step: optimizer steps done. epoch: passes over the cache done.
+        loss: the objective; top1: right among supervised slots, one entry a step of the unroll.
+        conditional_top1: right at step ``k`` among slots right at every step before it.
+        simulated_accept_length, walked_accept_length: tokens a round, the target's own included.
+        learning_rate, grad_norm, tokens_per_second: of the steps since the last line.
+        data_wait_share: share of that time in which the device waited for data.
+        memory_bytes: peak device memory on CUDA, else of the process.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str = Field(pattern="^(train|heldout)$")
+    step: int
+    epoch: float
+    loss: float
+    accuracy: float
+    top1: list[float]
+    conditional_top1: list[float]
+    simulated_accept_length: float
+    walked_accept_length: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    data_wait_share: float | None = None
+    memory_bytes: int | None = None
+
+
+class Logbook:
+    """Appends rows to ``metrics.jsonl``.
+
+    Args:
+        directory: the run's.
+        from_step: rows of later steps, written by a run that died before its checkpoint, are dropped.
+    """
+
+    def __init__(self, directory: Path, from_step: int):
+        self._path = directory / METRICS_FILE
+        kept = [row for row in read_metrics(directory) if row["step"] <= from_step]
+        write_bytes(self._path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def write(self, row: MetricsRow) -> None:
+        """Add a row; it is on disk when this returns, in one write."""
+        with explained_os_errors(self._path), self._path.open("a") as file:
+            file.write(json.dumps(row.model_dump(exclude_none=True)) + "\n")
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's ``metrics.jsonl`` in order; a torn last line is left out."""
+    try:
+        lines = (directory / METRICS_FILE).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) - 1:
+                raise
+    return rows

@@ -1,0 +1,328 @@
+"""Training from a cache: plan, steps, validation, checkpoints. Neither the target nor a hub is ever touched."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from eagle_offline.alignment import SlotBatch
+from eagle_offline.cache.reader import Cache, open_cache
+from eagle_offline.config import TrainSettings
+from eagle_offline.data.collate import PackedBatch, collate, slot_batch
+from eagle_offline.data.prefetch import prefetch
+from eagle_offline.data.sampler import heldout_mask, plan_epoch, plan_packs
+from eagle_offline.draft.eagle3 import Eagle3DraftModel
+from eagle_offline.draft.from_target import draft_config, initial_draft, read_target_config
+from eagle_offline.durable import remove_abandoned, write_bytes
+from eagle_offline.errors import DataError, EagleOfflineError, MismatchError, StoppedEarly, UsageError
+from eagle_offline.interrupts import StopRequest
+from eagle_offline.objectives.ttt import STEP_DECAY, supervised_counts, unroll
+from eagle_offline.progress import Progress
+from eagle_offline.supervision import Head
+from eagle_offline.training.logbook import Logbook, MetricsRow
+from eagle_offline.training.optimizer import build_optimizer, learning_rate
+from eagle_offline.training.state import (
+    LATEST_FILE,
+    Position,
+    fingerprint,
+    latest_checkpoint,
+    load_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from eagle_offline.training.validation import Tally, validate
+
+SETTINGS_FILE = "train.json"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is trained and validated on.
+
+    Attributes:
+        cache, heldout_cache: open caches, the same one when documents are held out by share.
+        train_samples, heldout_samples: int64 cache indices.
+    """
+
+    cache: Cache
+    heldout_cache: Cache
+    train_samples: np.ndarray
+    heldout_samples: np.ndarray
+
+
+def open_corpus(settings: TrainSettings) -> Corpus:
+    """Open the caches and set the held-out documents apart.
+
+    Raises:
+        DataError: nothing to train or to validate on. MismatchError: the held-out cache is of another target.
+    """
+    cache = open_cache(settings.cache, allow_partial=settings.allow_partial, verify=settings.verify)
+    everything = np.arange(len(cache))
+    if settings.heldout_cache is None:
+        held = heldout_mask(cache.sample_ids, settings.heldout_share, settings.seed)
+        corpus = Corpus(cache, cache, everything[~held], everything[held])
+    else:
+        other = open_cache(settings.heldout_cache, verify=settings.verify)
+        ours, theirs = cache.manifest.identity, other.manifest.identity
+        pairs = {
+            "target": (ours.target.checkpoint_digest, theirs.target.checkpoint_digest),
+            "aux layers": (ours.capture.aux_layer_ids, theirs.capture.aux_layer_ids),
+            "target encoding": (ours.capture.target_encoding, theirs.capture.target_encoding),
+            "dense vocabulary": (ours.capture.draft_vocab_digest, theirs.capture.draft_vocab_digest),
+        }
+        for name, (one, two) in pairs.items():
+            if one != two:
+                raise MismatchError(f"--heldout-cache {settings.heldout_cache}: its {name} is {two}, the cache's {one}")
+        corpus = Corpus(cache, other, everything, np.arange(len(other)))
+    if not len(corpus.train_samples):
+        raise DataError(f"{settings.cache}: no samples to train on")
+    if not len(corpus.heldout_samples) and settings.heldout_share > 0:
+        raise DataError(
+            f"{settings.cache}: {len(cache)} samples are too few to hold {settings.heldout_share:.0%} out; "
+            "raise --heldout-share, set it to 0, or give --heldout-cache"
+        )
+    return corpus
+
+
+class Trainer:
+    """One training run: model, optimizer, plan, and where it stands."""
+
+    def __init__(self, settings: TrainSettings, corpus: Corpus):
+        self.settings, self.corpus = settings, corpus
+        self.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        cache, identity = corpus.cache, corpus.cache.manifest.identity
+        config = draft_config(
+            read_target_config(cache.path / "target" / "config.json"),
+            draft_vocab_size=len(cache.selected_token_ids),
+            num_aux_hidden_states=len(cache.aux_layer_ids),
+            num_layers=settings.num_draft_layers,
+            fc_norm=settings.fc_norm,
+            norm_output=settings.norm_output,
+        )
+        draft = initial_draft(
+            config,
+            cache.embeddings,
+            cache.head,
+            cache.selected_token_ids,
+            seed=settings.seed,
+            train_embeddings=settings.train_embeddings,
+        )
+        self.model: Eagle3DraftModel = draft.to(self.device)
+        self.optimizer = build_optimizer(self.model, settings)
+        self.position = Position(step=0, epoch=0, next_pack=0)
+        self.steps_per_epoch = [-(-len(self.packs(epoch)) // settings.global_batch) for epoch in self._epochs()]
+        self.total_steps = min(sum(self.steps_per_epoch), settings.max_steps or sum(self.steps_per_epoch))
+        self.expected = fingerprint(
+            settings, identity.digest, cache.manifest.defaults.draft_vocabulary.digest, len(cache)
+        )
+        self._selected_head: Head | None = None
+        if identity.capture.target_encoding == "factored":
+            self._selected_head = cache.head.select(cache.selected_token_ids).to(self.device)
+        self._selected_mask = cache.selected_token_mask.to(self.device)
+
+    def _epochs(self) -> range:
+        return range(self.settings.num_epochs)
+
+    def packs(self, epoch: int) -> list[np.ndarray]:
+        """Return the packs of an epoch, cache indices each."""
+        cache = self.corpus.cache
+        return plan_epoch(
+            self.corpus.train_samples,
+            cache.shards,
+            cache.lengths,
+            self.settings.seed,
+            epoch,
+            self.settings.tokens_per_batch,
+        )
+
+    def remaining_steps(self) -> Iterator[tuple[Position, list[np.ndarray]]]:
+        """Yield the packs of every step still to do, each with where training stands after it."""
+        position, size = self.position, self.settings.global_batch
+        while position.step < self.total_steps:
+            packs = self.packs(position.epoch)
+            for start in range(position.next_pack, len(packs), size):
+                if position.step >= self.total_steps:
+                    return
+                last = start + size >= len(packs)
+                after = (position.epoch + 1, 0) if last else (position.epoch, start + size)
+                position = Position(position.step + 1, *after)
+                yield position, packs[start : start + size]
+
+    def load(self, step: tuple[Position, list[np.ndarray]]) -> tuple[Position, list[PackedBatch]]:
+        """Return a step with its packs read and laid out, on the CPU."""
+        position, packs = step
+        return position, [collate([self.corpus.cache[int(index)] for index in pack]) for pack in packs]
+
+    def to_slots(self, pack: PackedBatch) -> SlotBatch:
+        """Return a pack in the slot frame on the training device."""
+        return slot_batch(pack.to(self.device), self._selected_head, self._selected_mask)
+
+    def heldout_batches(self) -> Iterator[SlotBatch]:
+        """Yield the held-out documents, longest packs first in cache order."""
+        cache = self.corpus.heldout_cache
+        packs = plan_packs(self.corpus.heldout_samples, cache.lengths, self.settings.tokens_per_batch)
+        for pack in prefetch(lambda pack: collate([cache[int(index)] for index in pack]), packs):
+            yield self.to_slots(pack)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 compute on CUDA, float32 elsewhere; the weights stay float32."""
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def step(self, packs: Sequence[PackedBatch], tally: Tally) -> float:
+        """Do one optimizer step, its means taken over all its packs; return the gradient norm.
+
+        Raises:
+            EagleOfflineError: loss or gradient is not finite; names the samples.
+        """
+        settings, ttt_steps = self.settings, self.settings.ttt_steps
+        weights = torch.tensor([STEP_DECAY**k for k in range(ttt_steps)], device=self.device)
+        batches = [self.to_slots(pack) for pack in packs]
+        counts = sum((supervised_counts(batch, ttt_steps) for batch in batches), torch.zeros_like(weights))
+        self.optimizer.zero_grad(set_to_none=True)
+        for batch in batches:
+            with self.autocast():
+                sums = unroll(self.model, batch, ttt_steps)
+            loss = (weights * sums.losses / counts.clamp_min(1)).sum() / weights.sum()
+            loss.backward()
+            tally.add(sums)
+        rate = learning_rate(self.position.step, self.total_steps, settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm))
+        if not np.isfinite(grad_norm):
+            ids = [sample_id for pack in packs for sample_id in pack.sample_ids]
+            raise EagleOfflineError(
+                f"step {self.position.step + 1}: loss or gradient is not finite on samples {ids}; the last checkpoint "
+                "is intact: look at these samples, or go on from it with a lower --learning-rate"
+            )
+        self.optimizer.step()
+        return grad_norm
+
+    def validate(self) -> MetricsRow:
+        """Return metrics on the held-out documents."""
+        with self.autocast():
+            return validate(
+                self.model, self.heldout_batches(), self.settings.ttt_steps, self.position.step, self.epochs_done()
+            )
+
+    def epochs_done(self) -> float:
+        """Return passes over the cache so far."""
+        epoch = self.position.epoch
+        done = self.position.step - sum(self.steps_per_epoch[:epoch])
+        return epoch + (done / self.steps_per_epoch[epoch] if epoch < len(self.steps_per_epoch) else 0.0)
+
+    def save(self) -> None:
+        """Write a checkpoint and drop old ones."""
+        save_checkpoint(
+            self.settings.output_dir,
+            self.model,
+            self.optimizer,
+            self.corpus.cache.selected_token_ids,
+            self.position,
+            self.expected,
+        )
+        remove_old_checkpoints(self.settings.output_dir, self.settings.keep_checkpoints)
+
+
+def run(settings: TrainSettings, stop: StopRequest) -> dict[str, Any]:
+    """Train to the end, or until asked to stop; return the first and the last validation.
+
+    Raises:
+        StoppedEarly: asked to stop; a checkpoint was written. EagleOfflineError: see `eagle_offline.errors`.
+    """
+    directory = settings.output_dir
+    remove_abandoned(directory)
+    checkpoint = latest_checkpoint(directory)
+    if checkpoint is not None and not settings.resume:
+        raise UsageError(f"{directory} already holds a run ({LATEST_FILE} is there): add --resume to go on with it")
+    trainer = Trainer(settings, open_corpus(settings))
+    if checkpoint is not None:
+        trainer.position = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, trainer.expected)
+    content = json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
+    write_bytes(directory / SETTINGS_FILE, content.encode())
+    logbook = Logbook(directory, trainer.position.step)
+    has_heldout = len(trainer.corpus.heldout_samples) > 0
+    if checkpoint is None and has_heldout:
+        logbook.write(trainer.validate())
+    _train(trainer, logbook, stop, has_heldout)
+    return {"run": str(directory), "steps": trainer.position.step, "checkpoint": str(latest_checkpoint(directory))}
+
+
+def _train(trainer: Trainer, logbook: Logbook, stop: StopRequest, has_heldout: bool) -> None:
+    settings = trainer.settings
+    window = _Window(settings.ttt_steps)
+    total = trainer.total_steps
+    with Progress("train", total, initial=trainer.position.step, unit="step") as progress:
+        steps = prefetch(trainer.load, trainer.remaining_steps())
+        while True:
+            asked = time.monotonic()
+            loaded = next(steps, None)
+            if loaded is None:
+                break
+            position, packs = loaded
+            window.wait_seconds += time.monotonic() - asked
+            grad_norm = trainer.step(packs, window.tally)
+            epoch_ended = position.epoch > trainer.position.epoch
+            trainer.position = position
+            window.num_tokens += sum(pack.num_tokens for pack in packs)
+            done = position.step
+            if done % settings.log_every == 0 or done == total:
+                row = window.close(trainer, grad_norm)
+                logbook.write(row)
+                progress.reach(done, _shown(row))
+                window = _Window(settings.ttt_steps)
+            every = settings.eval_every
+            due = epoch_ended if every is None else done % every == 0
+            if has_heldout and (due or done == total):
+                logbook.write(trainer.validate())
+                window.started = time.monotonic()
+            if done % settings.checkpoint_every == 0 or done == total or stop.requested:
+                trainer.save()
+            if stop.requested and done < total:
+                raise StoppedEarly(f"stopped by a signal after step {done} of {total}; go on with --resume")
+
+
+class _Window:
+    """What happened since the last metrics line."""
+
+    def __init__(self, ttt_steps: int):
+        self.tally = Tally(ttt_steps)
+        self.started = time.monotonic()
+        self.wait_seconds = 0.0
+        self.num_tokens = 0
+
+    def close(self, trainer: Trainer, grad_norm: float) -> MetricsRow:
+        elapsed = max(time.monotonic() - self.started, 1e-9)
+        return self.tally.row(
+            "train",
+            trainer.position.step,
+            trainer.epochs_done(),
+            learning_rate=trainer.optimizer.param_groups[0]["lr"],
+            grad_norm=grad_norm,
+            tokens_per_second=self.num_tokens / elapsed,
+            data_wait_share=min(1.0, self.wait_seconds / elapsed),
+            memory_bytes=_peak_memory_bytes(trainer.device),
+        )
+
+
+def _shown(row: MetricsRow) -> dict[str, str]:
+    return {
+        "loss": f"{row.loss:.3f}",
+        "accept": f"{row.simulated_accept_length:.2f}",
+        "tok/s": f"{row.tokens_per_second:.0f}",
+    }
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

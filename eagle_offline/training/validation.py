@@ -1,0 +1,87 @@
+"""How a draft does on held-out documents: loss, hits by depth, simulated and walked accept length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from eagle_offline.alignment import SlotBatch, document_ids
+from eagle_offline.draft.eagle3 import Eagle3DraftModel
+from eagle_offline.objectives.acceptance import simulated_accept_length, walked_accept_length
+from eagle_offline.objectives.ttt import UnrollSums, decayed_mean, unroll
+from eagle_offline.training.logbook import MetricsRow
+
+
+@dataclass
+class Tally:
+    """Counts of unrolls, added up on the CPU.
+
+    Attributes:
+        losses, counts, hits, prefix_hits, prefix_valid: one entry a step of the unroll.
+        walked_tokens, walked_rounds: of walked decoding, when it was asked for.
+    """
+
+    ttt_steps: int
+    losses: torch.Tensor = field(init=False)
+    counts: torch.Tensor = field(init=False)
+    hits: torch.Tensor = field(init=False)
+    prefix_hits: torch.Tensor = field(init=False)
+    prefix_valid: torch.Tensor = field(init=False)
+    walked_tokens: int = 0
+    walked_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        self.losses = torch.zeros(self.ttt_steps, dtype=torch.float64)
+        for name in ("counts", "hits", "prefix_hits", "prefix_valid"):
+            setattr(self, name, torch.zeros(self.ttt_steps, dtype=torch.int64))
+
+    def add(self, sums: UnrollSums) -> None:
+        """Add one unroll."""
+        self.losses += sums.losses.detach().double().cpu()
+        self.counts += sums.counts.cpu()
+        self.hits += sums.step_hits.sum(dim=(1, 2)).cpu()
+        self.prefix_hits += sums.prefix_hits().cpu()
+        self.prefix_valid += sums.prefix_valid().cpu()
+
+    def walk(self, sums: UnrollSums, batch: SlotBatch) -> None:
+        """Add one unroll's walked decoding, row by row."""
+        assert batch.seq_lens is not None
+        documents = document_ids(batch.seq_lens, batch.input_ids.shape[1]).cpu()
+        hits, valid = sums.step_hits.cpu(), sums.step_valid[0].cpu()
+        for row in range(documents.shape[0]):
+            tokens, rounds = walked_accept_length(hits[:, row], valid[row], documents[row])
+            self.walked_tokens += tokens
+            self.walked_rounds += rounds
+
+    def row(self, kind: str, step: int, epoch: float, **measured: float | int | None) -> MetricsRow:
+        """Return the counts as a metrics row, ``measured`` added."""
+        counts = self.counts.clamp_min(1)
+        before = torch.cat([self.prefix_valid[:1], self.prefix_hits[:-1]]).clamp_min(1)
+        walked = self.walked_tokens / self.walked_rounds if self.walked_rounds else None
+        return MetricsRow(
+            kind=kind,
+            step=step,
+            epoch=epoch,
+            loss=float(decayed_mean(self.losses / counts)),
+            accuracy=float(self.hits.sum() / self.counts.sum().clamp_min(1)),
+            top1=(self.hits / counts).tolist(),
+            conditional_top1=(self.prefix_hits / before).tolist(),
+            simulated_accept_length=float(simulated_accept_length(self.prefix_hits, self.prefix_valid)),
+            walked_accept_length=walked,
+            **measured,  # type: ignore[arg-type]
+        )
+
+
+@torch.no_grad()
+def validate(
+    draft_model: Eagle3DraftModel, batches: Iterable[SlotBatch], ttt_steps: int, step: int, epoch: float
+) -> MetricsRow:
+    """Return the metrics of a draft over held-out batches."""
+    tally = Tally(ttt_steps)
+    for batch in batches:
+        sums = unroll(draft_model, batch, ttt_steps)
+        tally.add(sums)
+        tally.walk(sums, batch)
+    return tally.row("heldout", step, epoch)
