@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from eagle_offline import precompute as filling
 from eagle_offline.cache.layout import TOKENS_DIRECTORY
 from eagle_offline.config import PrecomputeSettings, TokenizeSettings, TrainSettings
 from eagle_offline.durable import make_directory
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
 from eagle_offline.status import reported_status
-from eagle_offline.target.load import load_tokenizer, resolve_target
-from eagle_offline.text.token_table import TokenProgress, TokenTable, TokenTableSettings, ensure_token_table
+
+# torch and transformers are imported by the stage that needs them: inspecting a cache needs neither.
+if TYPE_CHECKING:
+    from eagle_offline.text.token_table import TokenProgress, TokenTable
 
 
 def load_text(settings: TokenizeSettings) -> Any:
     """Return the target's tokenizer, with the chat template in use."""
+    from eagle_offline.target.load import load_tokenizer, resolve_target
+
     source = resolve_target(settings.target_model, settings.revision, settings.trust_remote_code)
     return load_tokenizer(source, settings.chat_template)
 
@@ -28,6 +31,8 @@ def tokenize(settings: TokenizeSettings, tokenizer: Any | None = None) -> TokenT
     Raises:
         EagleOfflineError: see `eagle_offline.errors`.
     """
+    from eagle_offline.text.token_table import TokenTableSettings, ensure_token_table
+
     make_directory(settings.output_dir)
     table_settings = TokenTableSettings(
         input_data=settings.input_data,
@@ -51,6 +56,8 @@ def precompute(settings: PrecomputeSettings) -> dict[str, Any]:
     Raises:
         EagleOfflineError: see `eagle_offline.errors`; committed shards always stay.
     """
+    from eagle_offline import precompute as filling
+
     recorded = filling.check_output_directory(settings)
     with reported_status(settings.output_dir, settings.process_index, settings.process_count):
         tokenizer = load_text(settings)
