@@ -27,7 +27,23 @@ _HOMES = {
     "simulated_accept_length": "eagle_offline.objectives.acceptance",
 }
 
-__all__ = sorted(["__version__", *_HOMES])
+__all__ = [
+    "Cache",
+    "Eagle3DraftConfig",
+    "Eagle3DraftModel",
+    "Eagle3StepMetrics",
+    "Eagle3TargetBatch",
+    "Eagle3TrainerModule",
+    "HFEagle3TargetModel",
+    "__version__",
+    "compute_target_distribution",
+    "default_aux_layer_ids",
+    "kl_div_loss",
+    "masked_soft_cross_entropy",
+    "open_cache",
+    "shift_left_with_zero",
+    "simulated_accept_length",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -37,4 +53,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)

@@ -14,7 +14,14 @@ import click
 from pydantic import BaseModel
 
 from eagle_offline import __version__
-from eagle_offline.config import ExampleSettings, PrecomputeSettings, TokenizeSettings, TrainSettings, build, read_yaml
+from eagle_offline.config import (
+    PrecomputeSettings,
+    ReportSettings,
+    TokenizeSettings,
+    TrainSettings,
+    build,
+    read_yaml,
+)
 from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EagleOfflineError
 
 _LIST_FLAGS = ("--aux-layer-ids",)
@@ -117,7 +124,9 @@ def cli() -> None:
     """
 
 
-@settings_command(cli, "tokenize", TokenizeSettings, "eagle-offline tokenize --target-model M --input-data chat.jsonl --output-dir C")
+@settings_command(
+    cli, "tokenize", TokenizeSettings, "eagle-offline tokenize --target-model M --input-data D --output-dir C"
+)
 def _tokenize(settings: TokenizeSettings) -> None:
     """Turn chat data into tokens and loss masks (CPU only). `precompute` does this itself when it is not done."""
     from eagle_offline.stages import tokenize
@@ -176,6 +185,41 @@ def _inspect(cache: Path, as_json: bool, verify: bool) -> None:
         click.echo(render_text(description))
     if description.get("problems"):
         raise SystemExit(4)
+
+
+@settings_command(cli, "report", ReportSettings, "eagle-offline report --run O --output-dir O/report")
+def _report(settings: ReportSettings) -> None:
+    """Show what a run achieved and write it as a page with plots."""
+    from eagle_offline.stages import report
+
+    report(settings)
+
+
+@cli.command("run")
+@click.argument("pipeline", type=click.Path(path_type=Path))
+@click.option("--work", type=click.Path(path_type=Path), default=Path("work"), help="Takes the place of {work}.")
+@click.option("--dry-run", is_flag=True, help="Check every stage's settings and list them.")
+def _run(pipeline: Path, work: Path, dry_run: bool) -> None:
+    """Run a whole job from one YAML file; run it again to go on after an interruption."""
+    from eagle_offline.pipeline import read_pipeline, run_pipeline
+
+    if dry_run:
+        _show({stage.name: stage.settings.model_dump(mode="json") for stage in read_pipeline(pipeline, work)})
+    else:
+        run_pipeline(pipeline, work, _announce)
+
+
+@cli.command("quickstart")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("quickstart"), help="Where everything goes.")
+def _quickstart(work: Path) -> None:
+    """Run the whole job on an embedded example: corpus, target, cache, draft, report. Resumes when interrupted."""
+    from eagle_offline.pipeline import find_pipeline, run_pipeline
+
+    run_pipeline(find_pipeline("quickstart"), work, _announce)
+
+
+def _announce(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _show(value: dict[str, Any]) -> None:

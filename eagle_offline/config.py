@@ -120,14 +120,47 @@ class TrainSettings(Settings):
     resume: bool = _setting(False, "Go on from the latest checkpoint; safe on an empty directory.")
 
 
-class ExampleSettings(Settings):
-    """The embedded example: a corpus of ours and a small target trained on it."""
+class CorpusSettings(Settings):
+    """The embedded example's chat corpus, made by a generator of ours."""
 
-    num_conversations: int = _setting(2400, "Conversations to train on.", gt=0)
-    heldout_conversations: int = _setting(120, "Conversations kept for validation.", gt=0)
-    seed: int = _setting(0, "Seed of the corpus.", ge=0)
-    target_steps: int = _setting(900, "Steps the target is trained for.", gt=0)
-    max_new_tokens: int = _setting(200, "Longest rewritten answer.", gt=0)
+    train_file: Path = _setting(..., "JSONL file to train on.")
+    heldout_file: Path = _setting(..., "JSONL file of conversations that the other does not hold.")
+    num_conversations: int = _setting(2400, "Conversations in --train-file.", gt=0)
+    heldout_conversations: int = _setting(120, "Conversations in --heldout-file.", gt=0)
+    seed: int = _setting(0, "Seed of the generator.", ge=0)
+
+
+class ExampleTargetSettings(Settings):
+    """The embedded example's target: a small Llama trained on the corpus once."""
+
+    train_file: Path = _setting(..., "JSONL corpus.")
+    output_dir: Path = _setting(..., "Where model and tokenizer are saved.")
+    steps: int = _setting(300, "Optimizer steps.", gt=0)
+
+
+class RewriteSettings(Settings):
+    """Answers written anew by the target, greedily, so that held-out text is the target's own."""
+
+    target_model: Path = _setting(..., "Directory of the target.")
+    input_file: Path = _setting(..., "JSONL conversations.")
+    output_file: Path = _setting(..., "JSONL conversations with the target's answers.")
+    max_new_tokens: int = _setting(256, "Longest answer; turns that do not end within it are left out.", gt=0)
+    batch_size: int = _setting(32, "Conversations generated together.", gt=0)
+
+
+class InspectSettings(Settings):
+    """A look at a cache."""
+
+    cache: Path = _setting(..., "Cache to look at.")
+    verify: bool = _setting(False, "Read the whole cache and check every digest.")
+
+
+class ReportSettings(Settings):
+    """What a run achieved, as a table and as a page with plots."""
+
+    run: Path = _setting(..., "Output directory of `train`.")
+    output_dir: Path = _setting(..., "Where the page is written.")
+    stages_file: Path | None = _setting(None, "Seconds of each stage, as `run` records them.")
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -314,9 +314,7 @@ def fill(plan: Plan, recorded: Manifest | None, stop: StopRequest) -> int:
         for shard, ids in rows.items():
             samples = [_token_sample(plan.table, int(row)) for row in ids]
             tracker.begin_shard(samples)
-            stored = (
-                tracker.track(_store(plan, captured)) for captured in capture.run(samples, settings.batch_size)
-            )
+            stored = (tracker.track(_store(plan, captured)) for captured in capture.run(samples, settings.batch_size))
             record = write_shard(directory, plan.identity, shard, stored, environment)
             tracker.end_shard(record.file_bytes)
     return len(missing)

@@ -68,8 +68,6 @@ class Progress:
         rate = (self._done - self._initial) / elapsed
         remaining = f", {(self._total - self._done) / rate:.0f} s left" if rate and self._done < self._total else ""
         values = f", {self._values}" if self._values else ""
-        print(
-            f"{self._label}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s{remaining}{values}",
-            file=sys.stderr,
-            flush=True,
-        )
+        done = f"{self._done}/{self._total}" if self._total else f"{self._done}"
+        sys.stderr.write(f"{self._label}: {done} {self._unit}, {rate:.1f}/s{remaining}{values}\n")
+        sys.stderr.flush()

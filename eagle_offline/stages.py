@@ -1,4 +1,4 @@
-"""The whole story as plain calls: tokenize, capture, inspect, train. The command line does nothing more than this."""
+"""The whole story as plain calls: tokenize, capture, inspect, train, report. The command line adds nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eagle_offline.cache.layout import TOKENS_DIRECTORY
-from eagle_offline.config import PrecomputeSettings, TokenizeSettings, TrainSettings
+from eagle_offline.config import (
+    CorpusSettings,
+    ExampleTargetSettings,
+    PrecomputeSettings,
+    ReportSettings,
+    RewriteSettings,
+    TokenizeSettings,
+    TrainSettings,
+)
 from eagle_offline.durable import make_directory
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
@@ -93,3 +101,68 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     make_directory(settings.output_dir)
     with reported_status(settings.output_dir), StopRequest(settings.grace_seconds) as stop:
         return run(settings, stop)
+
+
+def report(settings: ReportSettings) -> dict[str, Any]:
+    """Write what a run achieved as a page with plots, print it as a table, and return it.
+
+    Raises:
+        DataError: the run has no metrics yet.
+    """
+    from eagle_offline.reporting import summarize_run, write_report
+
+    summary = summarize_run(settings.run, settings.stages_file)
+    write_report(summary, settings.run, settings.output_dir)
+    return summary
+
+
+def make_corpus(settings: CorpusSettings) -> None:
+    """Write the example's corpus; the same settings give the same bytes."""
+    from eagle_offline.example.corpus import write_corpus
+
+    make_directory(settings.train_file.parent)
+    make_directory(settings.heldout_file.parent)
+    write_corpus(
+        settings.train_file,
+        settings.heldout_file,
+        settings.num_conversations,
+        settings.heldout_conversations,
+        settings.seed,
+    )
+
+
+def train_example_target(settings: ExampleTargetSettings) -> dict[str, Any]:
+    """Train the example's target, or return at once when it is there.
+
+    Raises:
+        StoppedEarly: asked to stop; a checkpoint was written.
+    """
+    from eagle_offline.example.target import ExampleTargetConfig, train_target
+
+    config = ExampleTargetConfig(steps=settings.steps)
+    with Progress("train target", settings.steps, unit="step") as progress, StopRequest(0) as stop:
+
+        def show(done: int, _total: int, loss: float) -> None:
+            progress.reach(done, {"loss": f"{loss:.3f}"})
+
+        return train_target(settings.train_file, settings.output_dir, config, show, lambda: stop.requested)
+
+
+def rewrite_answers(settings: RewriteSettings) -> dict[str, Any]:
+    """Let the target write every answer anew, or return at once when it has.
+
+    Raises:
+        StoppedEarly: asked to stop; what is written so far is kept.
+    """
+    from eagle_offline.example.rewrite import rewrite_answers as rewrite
+
+    with Progress("rewrite answers", 0, unit="turns") as progress, StopRequest(0) as stop:
+        return rewrite(
+            settings.target_model,
+            settings.input_file,
+            settings.output_file,
+            settings.max_new_tokens,
+            settings.batch_size,
+            lambda done, _total, _dropped: progress.reach(done),
+            lambda: stop.requested,
+        )

@@ -55,7 +55,7 @@ class Head:
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
     def argmax_and_log_normalizer(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return, over the full vocabulary, int32 ``[N]`` argmax (ties to the lower id) and float32 ``[N]`` log Σ exp z.
+        """Return the full vocabulary's int32 ``[N]`` argmax (ties to the lower id) and float32 ``[N]`` log Σ exp z.
 
         Args:
             hidden: ``[N, H]`` final hidden states as stored. Memory stays at ``N × HEAD_CHUNK_ROWS`` values.

@@ -48,7 +48,7 @@ class StoredSample:
     columns: Sequence[bytes | memoryview]
 
     def digest(self) -> str:
-        """Return xxh3_64 over the values in column order, each preceded by its size in bytes (uint64, little-endian)."""
+        """Return xxh3_64 over the values in column order, each after its size in bytes (uint64, little-endian)."""
         digest = xxhash.xxh3_64()
         plain = (self.input_ids, self.loss_mask, self.target_argmax, self.target_log_normalizer)
         parts = [self.sample_id.to_bytes(8, "little"), *(memoryview(np.ascontiguousarray(a)).cast("B") for a in plain)]

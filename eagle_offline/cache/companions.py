@@ -18,7 +18,7 @@ _NONE = "none"
 
 
 def head_bytes(head: Head, *, tied: bool) -> bytes:
-    """Return ``head.safetensors``: ``weight`` (left out when ``tied`` to the embeddings), ``bias``, and what follows."""
+    """Return ``head.safetensors``: ``weight`` (left out when ``tied`` to the embeddings), ``bias``, and the rest."""
     tensors = {} if tied else {"weight": head.weight.contiguous().cpu()}
     if head.bias is not None:
         tensors["bias"] = head.bias.contiguous().cpu()

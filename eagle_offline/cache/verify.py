@@ -1,4 +1,4 @@
-"""Is everything in a cache what it was when it was written? Files against the manifest, shards against their records."""
+"""Is a cache what it was when it was written? Files against the manifest, shards against their records."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class UnrollAttention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
 
     def project(self, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries ``[B, heads, T, head_dim]``, rotated keys and values ``[B, kv_heads, T, head_dim]``."""
+        """Return rotated queries ``[B, heads, T, head_dim]``, and rotated keys and values with ``kv_heads``."""
         queries = self._split(self.q_proj(states), self.num_heads)
         keys = self._split(self.k_proj(states), self.num_key_value_heads)
         values = self._split(self.v_proj(states), self.num_key_value_heads)

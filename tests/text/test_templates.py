@@ -125,15 +125,23 @@ def test_without_a_special_token_the_turn_ends_with_its_last_visible_character()
     jinja += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     tokenizer = tiny.byte_tokenizer(jinja)
     assert supervised(tokenizer, encode(tokenizer, CHAT)) == ["Yes?", "It is 5.\nDone"]
+    assert supervised(tokenizer, encode(tokenizer, tiny.turns("Hi", "say </s> twice"))) == ["say </s> twice"]
 
 
 @pytest.mark.parametrize("template", [tiny.CHATML_REASONING, tiny.CHATML_REASONING.split("{% if add_generation")[0]])
 def test_reasoning_and_tool_calls_are_the_assistants(template: str) -> None:
     call = {"function": {"name": "add"}}
-    turn = {"role": "assistant", "content": "So:", "reasoning_content": "So: sum", "tool_calls": [call]}
+    turn = {"role": "assistant", "content": "So:", "reasoning_content": "hm, sum", "tool_calls": [call]}
     tokenizer = tiny.byte_tokenizer(template)
     (told,) = supervised(tokenizer, encode(tokenizer, [*tiny.turns("2+3?"), turn]))
-    assert told.endswith("So: sum</think>So:<call>add</call><|im_end|>")
+    assert told.endswith("hm, sum</think>So:<call>add</call><|im_end|>")
+
+
+def test_special_tokens_around_a_tool_call_do_not_cut_the_turn() -> None:
+    tokenizer = tiny.byte_tokenizer(tiny.CHATML_REASONING.replace("<call>", "[INST]").replace("</call>", "[/INST]"))
+    turn = {"role": "assistant", "content": "So:", "tool_calls": [{"function": {"name": "add"}}]}
+    encoded = encode(tokenizer, [*tiny.turns("2+3?"), turn])
+    assert supervised(tokenizer, encoded) == ["So:[INST]add[/INST]<|im_end|>"]
 
 
 def test_tools_reach_the_template() -> None:

@@ -201,12 +201,18 @@ def test_table_is_reused_until_something_that_shapes_it_changes(tmp_path: Path) 
     assert builds()
     assert reports[-1] == TokenProgress("a.jsonl", 5, 5, open_token_table(directory).meta.num_tokens)
     assert not builds()
-    assert builds(seq_length=1024)
-    assert builds(split="[:3]")
-    assert builds(chat_template_file=template)
-    assert builds(tiny.byte_tokenizer(tiny.CHATML, merges=(("h", "i"),)))
-    assert builds()
-    assert not builds()
+    other_tokenizer = tiny.byte_tokenizer(tiny.CHATML, merges=(("h", "i"),))
+    changes: list[dict[str, Any]] = [
+        {"seq_length": 1024},
+        {"split": "[:3]"},
+        {"on_bad_row": "stop"},
+        {"chat_template_file": template},
+        {"tokenizer": other_tokenizer},
+    ]
+    for change in changes:
+        assert builds(**change), change
+        assert not builds(**change), change
+        assert builds(), change  # back again, so that each change is seen alone
     write_chats(path, 6)
     assert builds()
     assert len(open_token_table(directory)) == 6
@@ -335,6 +341,7 @@ def test_lock_of_another_host_is_waited_for_and_taken_over_when_stale(
 
     def nap(seconds: float) -> None:
         naps.append(seconds)
+        assert len(naps) < 10, "waits for ever"
         if len(naps) == 3:
             shutil.copytree(tmp_path / "elsewhere", directory, dirs_exist_ok=True)
 
