@@ -51,8 +51,9 @@ from eagle_offline.progress import Progress
 from eagle_offline.provenance import describe_environment, digest_bytes, digest_checkpoint
 from eagle_offline.target.capture import Capture, CapturedSample, TokenSample, check_capture
 from eagle_offline.target.hooks import HFEagle3TargetModel
-from eagle_offline.target.layout import default_aux_layer_ids, read_head, validate_aux_layer_ids
+from eagle_offline.target.layout import default_aux_layer_ids, input_embeddings, read_head, validate_aux_layer_ids
 from eagle_offline.target.load import (
+    ATTENTION_IMPLEMENTATION,
     DTYPES,
     TargetSource,
     load_config,
@@ -176,7 +177,7 @@ def plan(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any, record
         batch_plan=BatchPlan(
             batch_size=settings.batch_size,
             order="length",
-            attention_implementation="sdpa",
+            attention_implementation=ATTENTION_IMPLEMENTATION,
             tensor_parallel_size=1,
             device_kind=torch.device(device).type,
         ),
@@ -418,7 +419,7 @@ def _write_companions(plan: Plan, model: torch.nn.Module, head: Any, environment
 
 def _companions(plan: Plan, model: torch.nn.Module, head: Any) -> dict[str, bytes]:
     """Return the content of every file that comes with the cache, by its path inside it."""
-    weight = model.get_input_embeddings().weight
+    weight = input_embeddings(model).weight
     # A checkpoint that was widened for a CPU goes back to its own dtype, exactly.
     stored_dtype = plan.config.dtype if isinstance(plan.config.dtype, torch.dtype) else weight.dtype
     embeddings = weight.detach().to(stored_dtype)

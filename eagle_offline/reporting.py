@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def write_report(summary: dict[str, Any], run: Path, directory: Path) -> None:
 
 
 def _page(summary: dict[str, Any], plots: list[str]) -> str:
-    def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
         cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
         return f"<table><tr>{cells}</tr>{body}</table>"
@@ -110,8 +111,8 @@ def _page(summary: dict[str, Any], plots: list[str]) -> str:
     return (
         f"<!doctype html><meta charset='utf-8'><title>eagle-offline report</title><style>{_PAGE_STYLE}</style>"
         f"<h1>{html.escape(summary['run'])}</h1>"
-        f"<h2>Cache</h2>{table(('', ''), list(cache_rows(summary)))}"
-        f"<h2>Held-out conversations</h2>{table(('', 'untrained', 'trained'), list(table_rows(summary)))}"
+        f"<h2>Cache</h2>{table(('', ''), cache_rows(summary))}"
+        f"<h2>Held-out conversations</h2>{table(('', 'untrained', 'trained'), table_rows(summary))}"
         f"{pictures}{missing}<h2>Time</h2>{table(('stage', 'seconds'), seconds)}\n"
     )
 

@@ -51,8 +51,7 @@ class StoredSample:
         """Return xxh3_64 over the values in column order, each after its size in bytes (uint64, little-endian)."""
         digest = xxhash.xxh3_64()
         plain = (self.input_ids, self.loss_mask, self.target_argmax, self.target_log_normalizer)
-        parts = [self.sample_id.to_bytes(8, "little"), *(memoryview(np.ascontiguousarray(a)).cast("B") for a in plain)]
-        for part in (*parts, *self.columns):
+        for part in (self.sample_id.to_bytes(8, "little"), *(array.tobytes() for array in plain), *self.columns):
             digest.update(len(part).to_bytes(8, "little"))
             digest.update(part)
         return digest.hexdigest()
@@ -228,9 +227,15 @@ class ArrowShardReader:
             raise DataError(f"{self._path}: record batch {record_batch} cannot be read: {error}") from error
         if not 0 <= row < batch.num_rows:
             raise DataError(f"{self._path}: record batch {record_batch} has {batch.num_rows} rows, asked for row {row}")
-        values = [_list_values(batch.column(index), row) for index in range(1, len(_ID_COLUMNS))]
         columns = [_binary_value(batch.column(index), row) for index in range(len(_ID_COLUMNS), batch.num_columns)]
-        return StoredSample(batch.column(0)[row].as_py(), *values, columns)
+        return StoredSample(
+            sample_id=batch.column("sample_id")[row].as_py(),
+            input_ids=_list_values(batch.column("input_ids"), row),
+            loss_mask=_list_values(batch.column("loss_mask"), row),
+            target_argmax=_list_values(batch.column("target_argmax"), row),
+            target_log_normalizer=_list_values(batch.column("target_log_normalizer"), row),
+            columns=columns,
+        )
 
 
 def _list_values(column: pa.ListArray, row: int) -> np.ndarray:

@@ -58,7 +58,7 @@ def encode(field: FieldLayout, values: torch.Tensor) -> list[bytes | memoryview]
 
     bits = values.contiguous().view(torch.uint8).numpy()
     if field.encoding == "raw":
-        return [memoryview(bits).cast("B")] if bits.size else [b""]
+        return [bits.tobytes()]
     words = bits.view("<u2")
     rotated = (words << np.uint16(1)) | (words >> np.uint16(15))
     exponent = (rotated >> np.uint16(8)).astype(np.uint8)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-FORMAT_NAME = "eagle-offline-cache"
-FORMAT_VERSION = 1
+FORMAT_NAME: Final = "eagle-offline-cache"
+FORMAT_VERSION: Final = 1
 
 MANIFEST_FILE = "manifest.json"
 HEAD_FILE = "head.safetensors"

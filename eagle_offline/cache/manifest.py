@@ -134,8 +134,8 @@ class Manifest(Frozen):
         environment: where it was begun, and under which names its inputs were given.
     """
 
-    format: Literal["eagle-offline-cache"] = FORMAT_NAME  # type: ignore[assignment]
-    version: Literal[1] = FORMAT_VERSION  # type: ignore[assignment]
+    format: Literal["eagle-offline-cache"] = FORMAT_NAME
+    version: Literal[1] = FORMAT_VERSION
     identity: Identity
     defaults: Defaults
     files: dict[str, dict[str, int | str]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -43,13 +43,8 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the pack on ``device``."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PackedBatch(
-            **{
-                name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                for name, value in moved.items()
-            }
-        )
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "sample_ids"}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
 def lay_rows(lengths: Sequence[int], row_slots: int) -> list[list[int]]:

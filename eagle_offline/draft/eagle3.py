@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ class Eagle3DraftModel(PreTrainedModel):
         embedding = self.embed_tokens(input_ids).to(hidden.dtype)
 
         step_keys, step_values = [], []
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(cast(Iterable[DraftLayer], self.layers)):
             queries, keys, values = layer.self_attn.project(layer.attention_input(hidden, embedding), cos, sin)
             step_keys.append(keys)
             step_values.append(values)

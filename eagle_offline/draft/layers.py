@@ -5,11 +5,18 @@ Attention here is the plain dense form of the test-time-training unroll; it defi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+
+def head_dim(config: LlamaConfig) -> int:
+    """Return the width of one attention head."""
+    return config.head_dim or config.hidden_size // config.num_attention_heads
 
 
 class RotaryEmbedding:
@@ -34,12 +41,13 @@ class RotaryEmbedding:
         return (angles.cos() * self._scaling).to(dtype), (angles.sin() * self._scaling).to(dtype)
 
     def _inverse_frequencies(self) -> tuple[Tensor, float]:
-        parameters = self._config.rope_parameters
+        parameters: dict[str, Any] = dict(self._config.rope_parameters or {})
         rope_type = parameters.get("rope_type", "default")
         if rope_type != "default":
             frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](self._config, torch.device("cpu"))
             return frequencies.double(), scaling
-        exponents = torch.arange(0, self._config.head_dim, 2, dtype=torch.float64) / self._config.head_dim
+        width = head_dim(self._config)
+        exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
         return float(parameters["rope_theta"]) ** -exponents, 1.0
 
 
@@ -55,8 +63,8 @@ class UnrollAttention(nn.Module):
     def __init__(self, config: LlamaConfig, input_size: int):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.num_key_value_heads = config.num_key_value_heads
-        self.head_dim = config.head_dim
+        self.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
+        self.head_dim = head_dim(config)
         self.q_proj = nn.Linear(input_size, self.num_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(input_size, self.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(input_size, self.num_key_value_heads * self.head_dim, bias=False)

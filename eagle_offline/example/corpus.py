@@ -23,11 +23,11 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-_NAMES = _words("Ada Ben Cara Dan Eva Finn Gina Hugo Iris Jack Kim Leo Mona Nils Olga Paul Rosa Sam Tara Vera")
-_THINGS = _words("apple book coin drum egg fork hat jar key lamp map nut pen ring ship toy")
-_PLACES = _words("attic barn cellar garden hall kitchen library office shed tower")
-_JOBS = _words("baker clerk doctor farmer guide judge nurse painter singer teacher")
-_CITIES = _words("Bern Cork Delft Genoa Lyon Malmo Oslo Porto Riga Turin")
+_NAMES = _words("Ada Ben Cara Dan Eva Finn Iris Leo Mona Nils Paul Rosa")
+_THINGS = _words("apple book coin drum fork hat key lamp map pen ring ship")
+_PLACES = _words("attic barn garden hall kitchen library office tower")
+_JOBS = _words("baker doctor farmer guide judge nurse painter teacher")
+_CITIES = _words("Bern Cork Delft Lyon Malmo Oslo Porto Riga")
 _DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 _MONTHS = _words("January February March April May June July August September October November December")
 _UNITS = (("weeks", "days", 7), ("days", "hours", 24), ("years", "months", 12), ("hours", "minutes", 60),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -41,6 +42,8 @@ MAX_GRADIENT_NORM = 1.0
 _LOOK_BACK_SHARPNESS = 27.0
 _REPETITION_SHARPNESS = 1.5
 _INDUCTION_LAYERS = (1, 3)
+MM = float(os.environ.get("MM", "0.5"))
+MG = float(os.environ.get("MG", "1"))
 _ASSISTANT_TURN = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
 
 Report = Callable[[int, int, float], None]
@@ -197,6 +200,7 @@ def _prime_for_copying(model: LlamaForCausalLM, generator: torch.Generator) -> N
     config = model.config
     head_size = config.hidden_size // config.num_attention_heads
     half = head_size // 2
+    heads_per_group = config.num_attention_heads // config.num_key_value_heads
     num_fast = max(1, (3 * half) // 8)
     slow = [row for row in range(head_size) if row % half >= num_fast]
 
@@ -218,7 +222,7 @@ def _prime_for_copying(model: LlamaForCausalLM, generator: torch.Generator) -> N
     looking_back = model.model.layers[0].self_attn
     frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(num_fast) / half)
     amplitude = math.sqrt(_LOOK_BACK_SHARPNESS / num_fast)
-    for head in range(config.num_attention_heads // config.num_key_value_heads):
+    for head in range(heads_per_group):
         query = looking_back.q_proj.weight[head * head_size : (head + 1) * head_size]
         query *= 0.1
         query[:, -1] = 0
@@ -232,15 +236,17 @@ def _prime_for_copying(model: LlamaForCausalLM, generator: torch.Generator) -> N
     looking_back.o_proj.weight[:, :head_size] = 0
     looking_back.o_proj.weight[:, : len(slow)] = scale * stored.T
 
-    for layer in _INDUCTION_LAYERS:
-        repeating = model.model.layers[layer].self_attn
-        repeating.q_proj.weight[:head_size] = 0
-        repeating.k_proj.weight[:head_size] = 0
-        repeating.q_proj.weight[slow] = _REPETITION_SHARPNESS * current
-        repeating.k_proj.weight[slow] = _REPETITION_SHARPNESS * stored
-        copied = draw_projection(head_size)
-        repeating.v_proj.weight[:head_size] = copied
-        repeating.o_proj.weight[:, :head_size] = scale * copied.T
+    for layer in model.model.layers[1:]:
+        attention = layer.self_attn
+        for group in range(config.num_key_value_heads):
+            rows = slice(group * head_size, (group + 1) * head_size)
+            copied, matched = draw_projection(head_size), draw_projection(head_size)
+            attention.v_proj.weight[rows] = copied
+            attention.k_proj.weight[rows] = MM * matched
+            for head in range(group * heads_per_group, (group + 1) * heads_per_group):
+                rows = slice(head * head_size, (head + 1) * head_size)
+                attention.q_proj.weight[rows] = MM * matched
+                attention.o_proj.weight[:, rows] = MG * scale * copied.T
 
 
 class _TrainingState:

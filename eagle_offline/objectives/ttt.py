@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from eagle_offline.alignment import SlotBatch, shift_left_with_zero
 from eagle_offline.alignment import doc_remaining as remaining_steps
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.errors import UsageError
-from eagle_offline.objectives.losses import masked_sum, overlap, soft_cross_entropy
+from eagle_offline.objectives.losses import overlap, soft_cross_entropy
 from eagle_offline.supervision import compute_target_distribution
 
 # Weight of unroll step k relative to step k - 1. Source: EAGLE-3, arXiv 2503.01840.
@@ -46,7 +46,7 @@ class UnrollSums:
     Attributes:
         losses: float ``[K]``, soft cross-entropy summed over supervised slots, with gradient.
         counts: int64 ``[K]``, supervised slots.
-        overlaps, log_overlaps: float ``[K]``, ``Σ α`` and ``Σ log α`` (terms with ``α = 0`` left out).
+        overlaps, log_overlaps: float ``[K]``, ``Σ α`` and ``Σ log α`` (terms with ``α = 0`` left out), when asked for.
         step_hits: bool ``[K, B, T]``, top-1 right at a supervised slot.
         step_valid: bool ``[K, B, T]``, valid by loss mask and document at this step.
     """
@@ -76,47 +76,45 @@ def supervised_counts(batch: SlotBatch, ttt_steps: int) -> Tensor:
     return torch.stack(counts)
 
 
-def unroll(draft_model: Eagle3DraftModel, batch: SlotBatch, ttt_steps: int) -> UnrollSums:
+def unroll(
+    draft_model: Eagle3DraftModel, batch: SlotBatch, ttt_steps: int, *, with_overlap: bool = False
+) -> UnrollSums:
     """Run the draft ``ttt_steps`` times over its own states and sum losses and hits per step.
 
     All steps share one ``cache_hidden``, so step ``k`` attends causally to step 0's keys and to the own slot's
-    keys of steps ``1 … k``, as the draft does when it serves. ``attention_mask`` stays; ids, probabilities and
-    masks roll left by one a step.
+    keys of steps ``1 … k``, as the draft does when it serves. ``attention_mask`` stays; ids and masks roll left by
+    one a step. Logits are computed at supervised slots only; no other slot has a say in a sum.
 
     Args:
         draft_model: the draft.
         batch: see `SlotBatch`.
         ttt_steps: ``K``.
+        with_overlap: also sum the overlaps, which the LK losses need.
     """
     hidden = draft_model.project_hidden_states(batch.aux_hidden_states.to(draft_model.fc.weight.dtype))
     cache_hidden: list[list] = [[], []]
-    ids, probs = batch.input_ids, batch.target_probs
-    position_mask, loss_mask = batch.position_mask, batch.loss_mask.bool()
-    losses, counts, overlaps, log_overlaps, hits, valid = [], [], [], [], [], []
+    ids, position_mask, loss_mask = batch.input_ids, batch.position_mask, batch.loss_mask.bool()
+    sums: dict[str, list[Tensor]] = {field.name: [] for field in fields(UnrollSums)}
     for step in range(ttt_steps):
         if step > 0:
-            ids, probs = shift_left_with_zero(ids), shift_left_with_zero(probs)
-            position_mask, loss_mask = shift_left_with_zero(position_mask), shift_left_with_zero(loss_mask)
+            ids, position_mask, loss_mask = (shift_left_with_zero(rows) for rows in (ids, position_mask, loss_mask))
         hidden = draft_model(ids, hidden, batch.attention_mask, batch.position_ids, cache_hidden, batch.seq_lens)
-        logits = draft_model.compute_logits(hidden)
         supervised = batch.counting_slots(position_mask, step)
-        alpha = overlap(logits, probs)
-        # Masked before the logarithm: 1/α at a slot that does not count must not meet its zero gradient.
-        log_alpha = alpha.where(supervised & (alpha > 0), torch.ones_like(alpha)).log()
-        losses.append(masked_sum(soft_cross_entropy(logits, probs), supervised))
-        overlaps.append(masked_sum(alpha, supervised))
-        log_overlaps.append(masked_sum(log_alpha, supervised))
-        counts.append(supervised.sum())
-        hits.append(supervised & (logits.argmax(dim=-1) == probs.argmax(dim=-1)))
-        valid.append(batch.counting_slots(loss_mask, step))
-    return UnrollSums(
-        losses=torch.stack(losses),
-        counts=torch.stack(counts),
-        overlaps=torch.stack(overlaps),
-        log_overlaps=torch.stack(log_overlaps),
-        step_hits=torch.stack(hits),
-        step_valid=torch.stack(valid),
-    )
+        slots = supervised.flatten().nonzero().squeeze(-1)
+        logits = draft_model.compute_logits(hidden.flatten(0, 1).index_select(0, slots))
+        # Probabilities are not rolled: slot t at step k is supervised by what slot t + k is at step 0.
+        probs = batch.target_probs.flatten(0, 1).index_select(0, slots + step)
+        hits = torch.zeros_like(supervised)
+        hits.view(-1)[slots] = logits.argmax(dim=-1) == probs.argmax(dim=-1)
+        alpha = overlap(logits, probs) if with_overlap else torch.ones_like(slots, dtype=hidden.dtype)
+        sums["losses"].append(soft_cross_entropy(logits, probs).sum())
+        sums["overlaps"].append(alpha.sum())
+        # A slot without any overlap adds nothing; 1 in its stead keeps 1/α out of the gradient.
+        sums["log_overlaps"].append(alpha.where(alpha > 0, torch.ones_like(alpha)).log().sum())
+        sums["counts"].append(supervised.sum())
+        sums["step_hits"].append(hits)
+        sums["step_valid"].append(batch.counting_slots(loss_mask, step))
+    return UnrollSums(**{name: torch.stack(values) for name, values in sums.items()})
 
 
 def decayed_mean(step_losses: Tensor) -> Tensor:
@@ -210,7 +208,7 @@ class Eagle3TrainerModule(nn.Module):
             seq_lens=seq_lens,
             doc_remaining=doc_remaining,
         )
-        sums = unroll(self.draft_model, batch, self.ttt_steps)
+        sums = unroll(self.draft_model, batch, self.ttt_steps, with_overlap=self.lk_loss_type is not None)
         valid_tokens = sums.counts.sum()
         return Eagle3StepMetrics(
             loss=decayed_mean(self._step_losses(sums)),

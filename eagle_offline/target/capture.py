@@ -12,7 +12,6 @@ from torch import Tensor
 from eagle_offline.errors import MismatchError
 from eagle_offline.supervision import Head, supervised_positions
 from eagle_offline.target.hooks import HFEagle3TargetModel
-from eagle_offline.target.layout import parameter_device
 
 # How far logits recomputed from the final state may be from the model's own, relative to their largest value.
 _LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -124,7 +123,7 @@ def check_capture(target: HFEagle3TargetModel, head: Head, sample: TokenSample) 
     """
     input_ids = torch.tensor(sample.input_ids[:_CHECK_TOKENS], dtype=torch.int64)[None]
     layers, last = target.capture(input_ids)
-    device = parameter_device(target.model)
+    device = target.get_input_embeddings().weight.device
     whole = target.generate_batch(
         input_ids.to(device), torch.ones_like(input_ids, device=device), torch.ones_like(input_ids, device=device)
     )

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from eagle_offline.alignment import causal_visibility, shift_left_with_zero
 from eagle_offline.errors import MismatchError, UsageError
-from eagle_offline.target.layout import default_aux_layer_ids, find_decoder, parameter_device, validate_aux_layer_ids
+from eagle_offline.target.layout import (
+    default_aux_layer_ids,
+    find_decoder,
+    input_embeddings,
+    validate_aux_layer_ids,
+)
 
 
 @dataclass
@@ -106,7 +111,7 @@ class HFEagle3TargetModel:
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the target's input embeddings."""
-        return self.model.get_input_embeddings()
+        return input_embeddings(self.model)
 
     @contextmanager
     def _capturing(self) -> Iterator[dict[int, Tensor]]:
@@ -139,7 +144,7 @@ class HFEagle3TargetModel:
             after the final norm, all in the compute dtype.
         """
         with torch.inference_mode(), self._capturing() as captured:
-            output = self.decoder(input_ids.to(parameter_device(self.model)), use_cache=False)
+            output = self.decoder(input_ids.to(self.get_input_embeddings().weight.device), use_cache=False)
         self._check_captured(captured)
         last = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
         return [captured[layer_id] for layer_id in self.aux_layer_ids], last

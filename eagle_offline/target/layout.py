@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any, cast
 
-import torch
 from torch import nn
 
 from eagle_offline.errors import MismatchError, UsageError
@@ -91,10 +91,12 @@ def read_head(model: nn.Module) -> Head:
     Raises:
         MismatchError: the model has no output embeddings.
     """
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    causal_lm = cast(Any, model)
+    output = causal_lm.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is None:
         raise MismatchError(f"{type(model).__name__} has no language-model head")
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    config = causal_lm.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     divisor = getattr(config, "logits_scaling", None)
     scale = 1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0)
     bias = getattr(output, "bias", None)
@@ -106,6 +108,6 @@ def read_head(model: nn.Module) -> Head:
     )
 
 
-def parameter_device(model: nn.Module) -> torch.device:
-    """Return the device of the input embeddings, where token ids must go."""
-    return model.get_input_embeddings().weight.device
+def input_embeddings(model: nn.Module) -> nn.Embedding:
+    """Return the model's input embeddings; token ids must go to their device."""
+    return cast(Any, model).get_input_embeddings()

@@ -12,6 +12,9 @@ from eagle_offline.errors import DataError, MismatchError, UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+# Recorded in the manifest: another implementation moves last bits.
+ATTENTION_IMPLEMENTATION = "sdpa"
+
 _CONFIG_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.py")
 
 
@@ -112,13 +115,18 @@ def load_model(source: TargetSource, device: str, compute_dtype: str | None) -> 
     if compute_dtype is not None or torch.device(device).type == "cpu":
         dtype = DTYPES[compute_dtype or "fp32"]
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source.directory, dtype=dtype, trust_remote_code=source.trust_remote_code, output_loading_info=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.directory,
+            dtype=dtype,
+            attn_implementation=ATTENTION_IMPLEMENTATION,
+            trust_remote_code=source.trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, KeyError) as error:
         raise DataError(f"{source.directory}: its weights cannot be loaded: {_first_line(error)}") from error
     except ValueError as error:
         raise MismatchError(f"{source.directory}: not a causal LM that can be loaded: {_first_line(error)}") from error
+    model, report = loaded
     missing = sorted(report.get("missing_keys", ()))
     if missing:
         raise DataError(f"{source.directory}: {len(missing)} weights are missing from the files (first: {missing[0]})")

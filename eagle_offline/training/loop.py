@@ -115,7 +115,8 @@ class Trainer:
             seed=settings.seed,
             train_embeddings=settings.train_embeddings,
         )
-        self.model: Eagle3DraftModel = draft.to(self.device)
+        # The stub of `to` is of a decorated method that mypy cannot follow.
+        self.model: Eagle3DraftModel = draft.to(self.device)  # type: ignore[arg-type]
         self.optimizer = build_optimizer(self.model, settings)
         self.position = Position(step=0, epoch=0, next_pack=0)
         self.steps_per_epoch = [-(-len(self.packs(epoch)) // settings.global_batch) for epoch in self._epochs()]

@@ -156,7 +156,7 @@ def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def _names(model: Eagle3DraftModel) -> dict[torch.nn.Parameter, str]:
+def _names(model: Eagle3DraftModel) -> dict[torch.Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
 
 

@@ -70,7 +70,7 @@ class Tally:
             conditional_top1=(self.prefix_hits / before).tolist(),
             simulated_accept_length=float(simulated_accept_length(self.prefix_hits, self.prefix_valid)),
             walked_accept_length=walked,
-            **measured,  # type: ignore[arg-type]
+            **measured,
         )
 
 

@@ -9,24 +9,36 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eagle_offline.errors import DataError, StoppedEarly
-from eagle_offline.example.corpus import read_conversations, write_corpus
+from eagle_offline.example.corpus import read_conversations, write_conversations
 from eagle_offline.example.rewrite import rewrite_answers
 from eagle_offline.example.target import ExampleTargetConfig, train_target
 
-MAX_NEW_TOKENS = 60
+MAX_NEW_TOKENS = 30
+
+
+def _short_conversation(number):
+    """Return a conversation with one to three short answers, after prompts of unlike length."""
+    words = ["red", "green", "blue", "white"]
+    messages = [{"role": "system", "content": "Be brief."}] if number % 3 == 0 else []
+    for turn in range(1 + number % 3):
+        word = words[(number + turn) % 4]
+        messages.append({"role": "user", "content": " ".join([f"Number {number}: say", *[word] * (1 + number % 5)])})
+        messages.append({"role": "assistant", "content": f"I say {word}" + f" and {words[number % 4]}" * (number % 4)})
+    return {"id": f"short-{number}", "task": "echo", "messages": messages}
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
     """A target that has learned to end its turns, the conversations to rewrite, and their rewritten form."""
     directory = tmp_path_factory.mktemp("rewrite")
-    write_corpus(directory / "train.jsonl", directory / "heldout.jsonl", 120, 16, seed=0)
+    write_conversations(directory / "train.jsonl", map(_short_conversation, range(100)))
+    write_conversations(directory / "heldout.jsonl", map(_short_conversation, range(100, 112)))
     config = ExampleTargetConfig(
-        hidden_size=64, num_hidden_layers=4, intermediate_size=96, vocab_size=500, steps=70, tokens_per_batch=1024
+        hidden_size=32, num_hidden_layers=4, intermediate_size=48, vocab_size=300, steps=80, tokens_per_batch=512
     )
     train_target(directory / "train.jsonl", directory / "model", config)
     summary = rewrite_answers(
-        directory / "model", directory / "heldout.jsonl", directory / "rewritten.jsonl", MAX_NEW_TOKENS, 6
+        directory / "model", directory / "heldout.jsonl", directory / "rewritten.jsonl", MAX_NEW_TOKENS, 4
     )
     return directory, summary
 
@@ -62,7 +74,7 @@ def test_rewritten_answers_equal_greedy_generation_one_by_one(example):
             expected.append({**conversation, "messages": messages})
     assert read_conversations(directory / "rewritten.jsonl") == expected
     assert summary["num_conversations"] == len(expected) > 4
-    assert summary["num_left_out"] == 16 - len(expected)
+    assert summary["num_left_out"] == 12 - len(expected)
     kept = sum(message["role"] == "assistant" for line in expected for message in line["messages"])
     originals = read_conversations(directory / "heldout.jsonl")
     asked = sum(message["role"] == "assistant" for line in originals for message in line["messages"])
@@ -74,13 +86,13 @@ def test_answers_without_an_end_are_dropped_and_counted(example, tmp_path):
     directory, _ = example
     summary = rewrite_answers(directory / "model", directory / "heldout.jsonl", tmp_path / "cut.jsonl", 1, 8)
     assert summary["num_conversations"] == 0
-    assert summary["num_left_out"] == 16
+    assert summary["num_left_out"] == 12
     assert (tmp_path / "cut.jsonl").read_bytes() == b""
 
 
 def test_interrupted_rewriting_goes_on_and_gives_the_same_bytes(example, tmp_path):
     directory, summary = example
-    arguments = (directory / "model", directory / "heldout.jsonl", tmp_path / "rewritten.jsonl", MAX_NEW_TOKENS, 6)
+    arguments = (directory / "model", directory / "heldout.jsonl", tmp_path / "rewritten.jsonl", MAX_NEW_TOKENS, 4)
     asked = []
 
     def stop_at_third_batch():
@@ -107,9 +119,9 @@ def test_interrupted_rewriting_goes_on_and_gives_the_same_bytes(example, tmp_pat
 def test_finished_rewriting_is_not_repeated_for_the_same_inputs_only(example):
     directory, summary = example
     arguments = (directory / "model", directory / "heldout.jsonl", directory / "rewritten.jsonl")
-    assert rewrite_answers(*arguments, MAX_NEW_TOKENS, 6, should_stop=lambda: True) == summary
+    assert rewrite_answers(*arguments, MAX_NEW_TOKENS, 4, should_stop=lambda: True) == summary
     with pytest.raises(StoppedEarly):
-        rewrite_answers(*arguments, MAX_NEW_TOKENS + 1, 6, should_stop=lambda: True)
+        rewrite_answers(*arguments, MAX_NEW_TOKENS + 1, 4, should_stop=lambda: True)
 
 
 def test_a_file_without_answers_is_refused(example, tmp_path):

@@ -1,0 +1,214 @@
+"""Damage done to the files of a cache at random, and what a reader makes of it, each in a process it may take down."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SECONDS = 20  # a reader that takes longer than this on a cache of a few kilobytes hangs
+EXTRA_MEMORY_BYTES = 2 << 30  # nor may it ask for more than this
+
+WEIRD_VALUES: list[Any] = [
+    None, True, False, -1, 0, 1, 7, 2**31, 2**31 - 1, 2**63, -(2**63), 2**64, 10**30, 1.5, 1e308, float("nan"), "", "x",
+    "none", "0", "../../secret", "/etc/passwd", "a" * 300, "\0", "é", [], {}, [0], [-1], [[]], {"a": 1}, [1e308],
+]  # fmt: skip
+WEIRD_WORDS = [b"\xff" * 4, b"\xff" * 8, b"\0" * 8, b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"\x01\0\0\0", b"\xff" * 7 + b"\x7f"]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One file changed: its path inside the cache, its new bytes, and what was done to it."""
+
+    file: str
+    content: bytes
+    what: str
+
+
+def flip_bit(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    at, bit = rng.randrange(len(content)), rng.randrange(8)
+    return content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :], f"bit {bit} of byte {at}"
+
+
+def damage_bytes(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """Damage that knows nothing of the format; an Arrow file's metadata at its end gets more of it."""
+    kind = rng.choice(["flip", "flip", "word", "word", "word", "cut", "insert", "truncate", "zero", "move", "empty"])
+    near_end = rng.random() < 0.4
+    at = len(content) - 1 - min(int(rng.expovariate(1 / 400)), len(content) - 1) if near_end else 0
+    at = at or rng.randrange(len(content))
+    size = rng.choice([1, 2, 4, 8, 64, 500])
+    word = rng.choice(WEIRD_WORDS)
+    damaged = {
+        "flip": lambda: flip_bit(content, rng)[0],
+        "word": lambda: content[: at & ~3] + word + content[(at & ~3) + len(word) :],
+        "cut": lambda: content[:at] + content[at + size :],
+        "insert": lambda: content[:at] + rng.randbytes(size) + content[at:],
+        "truncate": lambda: content[:at],
+        "zero": lambda: content[:at] + bytes(min(size, len(content) - at)) + content[at + size :],
+        "move": lambda: content[at:] + content[:at],
+        "empty": lambda: b"",
+    }[kind]()
+    return damaged, f"{kind} at {at} of {len(content)}, size {size}, word {word.hex()}"
+
+
+def damage_json(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """One value of a JSON document replaced, taken away, doubled or added."""
+    document = json.loads(content)
+    places: list[tuple[Any, Any, str]] = []
+
+    def walk(node: Any, path: str) -> None:
+        pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        for key, value in pairs:
+            places.append((node, key, f"{path}.{key}"))
+            walk(value, f"{path}.{key}")
+
+    walk(document, "")
+    node, key, path = rng.choice(places)
+    kind = rng.choice(["replace", "replace", "replace", "replace", "delete", "double", "swap"])
+    if kind == "replace":
+        node[key] = rng.choice(WEIRD_VALUES)
+        what = f"{path} = {str(node[key])[:40]!r}"
+    elif kind == "delete":
+        del node[key]
+        what = f"{path} deleted"
+    elif kind == "double":
+        if isinstance(node, list):
+            node.append(node[key])
+        else:
+            node[f"{key}2"] = node[key]
+        what = f"{path} doubled"
+    else:
+        other_node, other_key, other_path = rng.choice(places)
+        with contextlib.suppress(KeyError, IndexError):
+            node[key], other_node[other_key] = other_node[other_key], node[key]
+        what = f"{path} and {other_path} exchanged"
+    try:
+        return json.dumps(document).encode(), what
+    except ValueError:  # an exchange put a value inside itself
+        return damage_json(content, rng)
+
+
+def mutations(reference: Path, files: Sequence[str], count: int, seed: int) -> list[Mutation]:
+    """Draw `count` mutations of the given files, the same ones for the same seed."""
+    rng = random.Random(seed)
+    drawn: list[Mutation] = []
+    while len(drawn) < count:
+        file = rng.choice(files)
+        content = (reference / file).read_bytes()
+        harm = damage_json if file.endswith(".json") and rng.random() < 0.7 else damage_bytes
+        changed, what = harm(content, rng)
+        if changed != content:
+            drawn.append(Mutation(file, changed, f"{file}: {what}"))
+    return drawn
+
+
+def everything(directory: Path) -> list[Any]:
+    """All that a cache says of its samples, as a list of tensors and numbers; raises what the reader raises."""
+    from eagle_offline import open_cache
+
+    cache = open_cache(directory)
+    said: list[Any] = [len(cache), cache.selected_token_ids, cache.lengths.tolist(), cache.num_supervised.tolist()]
+    for index in range(len(cache)):
+        sample = cache[index]
+        supervision = sample.supervision
+        said += [sample.sample_id, sample.input_ids, sample.loss_mask, sample.aux_hidden_states]
+        said += [supervision.positions, supervision.last_hidden_state, supervision.target_argmax]
+        said += [supervision.target_log_normalizer, *cache.target_probs(sample)]
+    return said
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            return a.dtype == b.dtype and a.shape == b.shape and a.numpy(force=True).tobytes() == b.numpy(
+                force=True
+            ).tobytes() if a.dtype != torch.bfloat16 else a.dtype == b.dtype and torch.equal(
+                a.view(torch.int16), b.view(torch.int16)
+            )
+        return bool(a == b)
+
+    return len(one) == len(other) and all(equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def read(directory: Path, expected: list[Any]) -> str:
+    """Read everything: `same`, `refused`, or what went wrong."""
+    from eagle_offline.errors import EagleOfflineError
+
+    try:
+        found = everything(directory)
+    except EagleOfflineError as error:
+        return "refused" if "\n" not in str(error) else f"more than one line: {error!r}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {str(error)[:150]}"
+    return "same" if same(found, expected) else "WRONG DATA"
+
+
+def inspect(directory: Path, verify: bool) -> str:
+    """Run `inspect-manifest`: `clean`, `noticed`, or what went wrong."""
+    from eagle_offline.cli import main
+
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            main(["inspect-manifest", str(directory), *(["--verify"] if verify else [])])
+    except SystemExit as stop:
+        return {0: "clean", 3: "noticed", 4: "noticed"}.get(int(stop.code or 0), f"exit {stop.code}: {out.getvalue()[:200]}")
+    except BaseException as error:
+        return f"{type(error).__name__}: {str(error)[:150]}"
+    return "no exit"
+
+
+def survey(
+    reference: Path, work: Path, drawn: Sequence[Mutation], look: Callable[[Path], dict[str, str]]
+) -> list[dict[str, str]]:
+    """Apply each mutation to a copy of the cache and look at it, in a child that may crash, hang or swell."""
+    results: list[dict[str, str]] = []
+    answers = work / "answers"
+    while len(results) < len(drawn):
+        answers.write_text("")
+        child = os.fork()
+        if child == 0:
+            _look_at_all(reference, work / "cache", drawn[len(results) :], look, answers)
+        _, status = os.waitpid(child, 0)
+        results += [json.loads(line) for line in answers.read_text().splitlines()]
+        if status and len(results) < len(drawn):
+            results.append({"crash": f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {status}"})
+    return results
+
+
+def _look_at_all(
+    reference: Path, copy: Path, drawn: Sequence[Mutation], look: Callable[[Path], dict[str, str]], answers: Path
+) -> None:
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_MEMORY_BYTES,) * 2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(reference, copy)
+        with answers.open("a") as file:
+            for mutation in drawn:
+                whole = (copy / mutation.file).read_bytes()
+                # A new file each time: what a child before left in a memory map must not change under it.
+                (copy / mutation.file).unlink()
+                (copy / mutation.file).write_bytes(mutation.content)
+                signal.alarm(SECONDS)
+                found = look(copy)
+                signal.alarm(0)
+                file.write(json.dumps(found) + "\n")
+                file.flush()
+                (copy / mutation.file).unlink()
+                (copy / mutation.file).write_bytes(whole)
+    finally:
+        os._exit(0)
