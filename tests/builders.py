@@ -110,6 +110,8 @@ def save_target(
     """Save a random target with its tokenizer, as `save_pretrained` does."""
     make_model(kind, seed=seed, **changes).to(dtype).save_pretrained(directory)
     make_tokenizer(template).save_pretrained(directory)
+    for path in directory.iterdir():
+        path.chmod(0o644)
     return directory
 
 
@@ -125,7 +127,7 @@ def shared_target(
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Short chats of one to three exchanges, some with a system turn, no two alike."""
     rng = random.Random(seed)
-    words = "one two three red green blue sum list count please return value because then".split()
+    words = ["one", "two", "three", "red", "green", "blue", "sum", "list", "count", "please", "return", "value", "because", "then"]
 
     def say(low: int, high: int) -> str:
         return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from eagle_offline.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+
+# Samples are read-only views of a memory map, and nothing here writes to them.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
 
 _ID_COLUMNS = (
     pa.field("sample_id", pa.int64(), nullable=False),

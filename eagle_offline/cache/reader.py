@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 
 # Memory maps held at once: far below the usual limit on open files.
 _MAX_OPEN_SHARDS = 128
-
-# Samples are read-only views of a memory map, and nothing here writes to them.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
 
 
 @dataclass(frozen=True)

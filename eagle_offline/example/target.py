@@ -211,8 +211,12 @@ def _prime_for_copying(model: LlamaForCausalLM, generator: torch.Generator) -> N
     embedding = model.model.embed_tokens.weight
     scale = embedding.std()
     embedding[:, -1] = 3 * scale
-    model.lm_head.weight.copy_(embedding)
-    model.lm_head.weight[:, -1] = 0
+    if os.environ.get("TIE"):
+        pass
+    else:
+        model.lm_head.weight.copy_(embedding)
+        model.lm_head.weight[:, -1] = 0
+
     for layer in model.model.layers:
         # What the other, still random parts write must not drown the embeddings that these heads read.
         layer.self_attn.o_proj.weight *= 0.1
@@ -261,7 +265,7 @@ class _TrainingState:
             num_key_value_heads=config.num_key_value_heads,
             intermediate_size=config.intermediate_size,
             max_position_embeddings=4 * config.seq_length,
-            tie_word_embeddings=False,
+            tie_word_embeddings=bool(os.environ.get("TIE")),
             initializer_range=config.initializer_range,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             bos_token_id=None,

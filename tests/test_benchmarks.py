@@ -1,0 +1,56 @@
+"""Every benchmark runs, tiny, so that none rots, and its rows follow the schema."""
+
+from __future__ import annotations
+
+from benchmarks import cache_size, harness, read_speed, startup, train_step
+from benchmarks.harness import Row, read_rows
+
+
+def test_every_benchmark_is_listed_and_says_its_question():
+    for name in harness.BENCHMARKS:
+        module = harness.load(name)
+        assert name == module.NAME
+        assert module.QUESTION.strip().split("\n")[0].endswith("?")
+
+
+def test_committed_rows_follow_the_schema():
+    for path in harness.RESULTS.glob("*.jsonl"):
+        if not path.name.startswith("gpu_tests"):
+            assert all(row.benchmark in harness.BENCHMARKS for row in read_rows(path))
+
+
+def test_startup_measures_what_it_says():
+    figures = startup._measure(repeats=1)
+    assert figures["bare_python_seconds"] < figures["help_seconds"]
+
+
+def test_planes_are_smaller_than_raw():
+    planes, raw = (cache_size.measure(encoding, num_samples=2, hidden_size=256) for encoding in ("planes", "raw"))
+    assert planes["kib_per_token"] < 0.8 * raw["kib_per_token"]
+
+
+def test_read_speed_reads_every_encoding():
+    for encoding in ("raw", "planes"):
+        assert read_speed.measure(encoding, num_samples=2, hidden_size=64, repeats=1)["share_of_memmap"] > 0
+
+
+def test_train_step_runs_both_ways():
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    figures = train_step.measure("cpu", shape, draft_vocab_size=64, num_samples=3, longest=48, ttt_steps=2)
+    assert figures["speed_over_every_slot"] > 0
+
+
+def test_a_case_that_has_its_row_is_not_measured_again(tmp_path, monkeypatch):
+    calls = []
+
+    class Module:
+        @staticmethod
+        def cases(device):
+            return {"one": lambda: calls.append(device) or {"ratio": 2.0}}
+
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "load", lambda name: Module)
+    for _ in range(2):
+        rows = harness.run("startup", "cpu", say=lambda line: None)
+        assert [type(row) for row in rows] == [Row]
+    assert calls == ["cpu"]
