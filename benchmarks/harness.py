@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 
 # Shortest first: an hour with a GPU that ends early has still given the most rows.
-BENCHMARKS = ("startup", "cache_size", "read_speed", "train_step")
+BENCHMARKS = ("startup", "cache_size", "read_speed", "train_step", "quickstart")
 
 Figures = dict[str, float | int | str]
 

@@ -64,19 +64,20 @@ def precompute(settings: PrecomputeSettings) -> dict[str, Any]:
     Raises:
         EagleOfflineError: see `eagle_offline.errors`; committed shards always stay.
     """
-    from eagle_offline import precompute as filling
+    from eagle_offline.precompute.fill import fill
+    from eagle_offline.precompute.plan import check_output_directory, plan_cache, refuse_other_text, summarize
 
-    recorded = filling.check_output_directory(settings)
+    recorded = check_output_directory(settings)
     with reported_status(settings.output_dir, settings.process_index, settings.process_count):
         tokenizer = load_text(settings)
         if recorded is not None:
-            filling.refuse_other_text(settings, tokenizer, recorded)
+            refuse_other_text(settings, tokenizer, recorded)
         table = tokenize(settings, tokenizer)
-        plan = filling.plan(settings, table, tokenizer, recorded)
+        plan = plan_cache(settings, table, tokenizer, recorded)
         if not settings.dry_run:
             with StopRequest(settings.grace_seconds) as stop:
-                filling.fill(plan, recorded, stop)
-        return filling.summarize(plan, settings.output_dir)
+                fill(plan, recorded, stop)
+        return summarize(plan, settings.output_dir)
 
 
 def inspect_manifest(cache: Path, *, verify: bool = False) -> dict[str, Any]:

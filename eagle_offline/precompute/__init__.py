@@ -1,0 +1,1 @@
+"""Fills a cache: `plan` settles what it is, `fill` writes it."""

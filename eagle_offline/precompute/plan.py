@@ -1,0 +1,274 @@
+"""What a precompute run is about, settled and checked before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eagle_offline.cache import codec
+from eagle_offline.cache.layout import (
+    LAST_HIDDEN_STATE,
+    MANIFEST_FILE,
+    TARGET_PROBS,
+    TOKENS_DIRECTORY,
+    FieldLayout,
+    aux_field,
+)
+from eagle_offline.cache.manifest import (
+    BatchPlan,
+    CaptureIdentity,
+    DatasetIdentity,
+    Identity,
+    Manifest,
+    SourceIdentity,
+    TargetIdentity,
+    TextIdentity,
+    read_manifest,
+    refuse_drift,
+)
+from eagle_offline.cache.writer import committed_shards
+from eagle_offline.config import PrecomputeSettings
+from eagle_offline.durable import make_directory
+from eagle_offline.errors import MismatchError, UsageError
+from eagle_offline.provenance import digest_checkpoint
+from eagle_offline.target.layout import default_aux_layer_ids, validate_aux_layer_ids
+from eagle_offline.target.load import (
+    ATTENTION_IMPLEMENTATION,
+    TargetSource,
+    load_config,
+    resolve_device,
+    resolve_target,
+)
+from eagle_offline.text.sources import Source, resolve_sources
+from eagle_offline.text.templates import template_digest, tokenizer_digest
+from eagle_offline.text.token_table import SourceRecord, TokenTable
+from eagle_offline.vocab import DraftVocab, choose_draft_vocab, resolve_size
+
+# Share of the raw size that the exponent and mantissa planes take, measured; used for the free-space check only.
+_PLANES_RATIO = 0.72
+
+# Whatever else stands in an output directory belongs to somebody else.
+_OWN_ENTRIES = {TOKENS_DIRECTORY, "status.json", "config.json"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a precompute run is about, settled before any weight is loaded.
+
+    Attributes:
+        settings: as asked for.
+        source: the target's files; config: its config.
+        tokenizer: with the chat template in use.
+        table: the tokenised corpus.
+        vocab: the draft vocabulary.
+        identity: what the cache is.
+        device: torch device.
+    """
+
+    settings: PrecomputeSettings
+    source: TargetSource
+    config: Any
+    tokenizer: Any
+    table: TokenTable
+    vocab: DraftVocab
+    identity: Identity
+    device: str
+
+    def estimated_bytes(self) -> int:
+        """Return about how many bytes all shards take."""
+        ratio = _PLANES_RATIO if self.settings.state_encoding == "planes" else 1.0
+        rows = {"tokens": self.table.meta.num_tokens, "supervised_positions": self.table.meta.num_supervised}
+        return int(sum(field.row_bytes * rows[field.rows] * ratio for field in self.identity.capture.fields))
+
+    def sample_order(self) -> np.ndarray:
+        """Return int64 ``[N]``: the token-table row of each sample in cache order."""
+        order = np.arange(len(self.table))
+        if self.settings.shuffle_seed is not None:
+            np.random.Generator(np.random.PCG64(self.settings.shuffle_seed)).shuffle(order)
+        return order
+
+
+def check_output_directory(settings: PrecomputeSettings) -> Manifest | None:
+    """Return the manifest of the cache that was begun there, None if there is none.
+
+    Raises:
+        UsageError: a cache is there and ``--resume`` was not given.
+        MismatchError: something else is there. EagleOfflineError: it cannot be written to.
+    """
+    directory = settings.output_dir
+    make_directory(directory)
+    if (directory / MANIFEST_FILE).exists():
+        if not settings.resume:
+            raise UsageError(f"{directory} already holds a cache: add --resume to go on with it")
+        return read_manifest(directory)
+    foreign = sorted(entry.name for entry in directory.iterdir() if not _is_own(entry.name))
+    if foreign:
+        raise MismatchError(
+            f"{directory} holds something else ({', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}): "
+            "choose an empty or new --output-dir"
+        )
+    return None
+
+
+def _is_own(name: str) -> bool:
+    return name in _OWN_ENTRIES or name.startswith(".") or (name.startswith("status-") and name.endswith(".json"))
+
+
+def refuse_other_text(settings: PrecomputeSettings, tokenizer: Any, recorded: Manifest) -> None:
+    """Refuse inputs other than those of a cache that was begun, before anything is tokenised again.
+
+    Raises:
+        MismatchError: names each differing field.
+    """
+    sources = resolve_sources(settings.input_data, split=settings.split, revision=settings.data_revision)
+    identity = recorded.identity
+    found = identity.model_copy(
+        update={
+            "text": _text_identity(settings, tokenizer),
+            "dataset": identity.dataset.model_copy(
+                update={
+                    "sources": _source_identities(sources),
+                    "split": settings.split,
+                    "shuffle_seed": settings.shuffle_seed,
+                }
+            ),
+        }
+    )
+    refuse_drift(settings.output_dir, identity, found)
+
+
+def plan_cache(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any, recorded: Manifest | None) -> Plan:
+    """Settle what the cache is; refuse what cannot be, and what differs from a cache that was begun.
+
+    Raises:
+        UsageError, MismatchError: see `eagle_offline.errors`.
+    """
+    source = resolve_target(settings.target_model, settings.revision, settings.trust_remote_code)
+    config = load_config(source)
+    text_config = config.get_text_config()
+    vocab_size = text_config.vocab_size
+    if table.meta.max_token_id >= vocab_size:
+        raise MismatchError(
+            f"the tokenizer gives token {table.meta.max_token_id}, the model has {vocab_size} tokens only: "
+            f"tokenizer and model of {settings.target_model} do not belong together"
+        )
+    codec.check_encoding(settings.state_encoding, settings.dtype)
+    vocab = choose_draft_vocab(
+        table.supervised_counts(),
+        required_token_ids(source, tokenizer),
+        resolve_size(settings.draft_vocab_size, vocab_size),
+        vocab_size,
+    )
+    device = resolve_device(settings.device)
+    identity = Identity(
+        target=TargetIdentity(
+            id=source.id,
+            revision=source.revision,
+            checkpoint_digest=digest_checkpoint(source.directory, rehash=settings.rehash),
+            architecture=(config.architectures or [config.model_type])[0],
+            num_layers=text_config.num_hidden_layers,
+            hidden_size=text_config.hidden_size,
+            vocab_size=vocab_size,
+        ),
+        text=_text_identity(settings, tokenizer),
+        dataset=_dataset_identity(settings, table),
+        capture=_capture_identity(settings, text_config, vocab, device),
+        batch_plan=BatchPlan(
+            batch_size=settings.batch_size,
+            order="length",
+            attention_implementation=ATTENTION_IMPLEMENTATION,
+            tensor_parallel_size=1,
+            device_kind=torch.device(device).type,
+        ),
+    )
+    if recorded is not None:
+        refuse_drift(settings.output_dir, recorded.identity, identity)
+    return Plan(settings, source, config, tokenizer, table, vocab, identity, device)
+
+
+def required_token_ids(source: TargetSource, tokenizer: Any) -> list[int]:
+    """Return the special tokens that every draft vocabulary holds: bos, eos, pad, unk and all that end a generation."""
+    from transformers import GenerationConfig
+
+    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
+    if (source.directory / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(source.directory).eos_token_id
+        ids.extend(eos if isinstance(eos, list) else [eos])
+    return [token for token in ids if token is not None]
+
+
+def _dataset_identity(settings: PrecomputeSettings, table: TokenTable) -> DatasetIdentity:
+    return DatasetIdentity(
+        sources=_source_identities(table.meta.sources),
+        split=settings.split,
+        shuffle_seed=settings.shuffle_seed,
+        num_samples=table.meta.num_rows,
+        rows_digest=table.meta.rows_digest,
+    )
+
+
+def _source_identities(sources: Sequence[Source | SourceRecord]) -> list[SourceIdentity]:
+    return [
+        SourceIdentity(name=source.name, digest=source.digest, num_bytes=source.num_bytes, revision=source.revision)
+        for source in sources
+    ]
+
+
+def _text_identity(settings: PrecomputeSettings, tokenizer: Any) -> TextIdentity:
+    return TextIdentity(
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        template_digest=template_digest(tokenizer),
+        seq_length=settings.seq_length,
+    )
+
+
+def _capture_identity(settings: PrecomputeSettings, config: Any, vocab: DraftVocab, device: str) -> CaptureIdentity:
+    layers = config.num_hidden_layers
+    ids = (
+        default_aux_layer_ids(layers)
+        if settings.aux_layer_ids is None
+        else validate_aux_layer_ids(settings.aux_layer_ids, layers)
+    )
+
+    def field(name: str, width: int, rows: Any) -> FieldLayout:
+        return FieldLayout(name=name, width=width, dtype=settings.dtype, encoding=settings.state_encoding, rows=rows)
+
+    fields = [field(aux_field(layer_id), config.hidden_size, "tokens") for layer_id in ids]
+    dense = settings.target_encoding == "dense"
+    fields.append(
+        field(TARGET_PROBS, vocab.size, "supervised_positions")
+        if dense
+        else field(LAST_HIDDEN_STATE, config.hidden_size, "supervised_positions")
+    )
+    on_cpu = torch.device(device).type == "cpu"
+    return CaptureIdentity(
+        aux_layer_ids=ids,
+        dtype=settings.dtype,
+        compute_dtype=settings.compute_dtype or ("fp32" if on_cpu else "checkpoint"),
+        state_encoding=settings.state_encoding,
+        target_encoding=settings.target_encoding,
+        draft_vocab_digest=vocab.digest if dense else None,
+        shard_size=settings.shard_size,
+        fields=fields,
+    )
+
+
+def summarize(plan: Plan, directory: Path) -> dict[str, Any]:
+    """Return what stands in the cache, in numbers, for the log and for the caller."""
+    done = len(committed_shards(directory))
+    return {
+        "cache": str(directory),
+        "samples": len(plan.table),
+        "tokens": plan.table.meta.num_tokens,
+        "supervised_tokens": plan.table.meta.num_supervised,
+        "shards": plan.identity.num_shards,
+        "shards_committed": done,
+        "estimated_bytes": plan.estimated_bytes(),
+        "draft_vocab_size": plan.vocab.size,
+        "draft_vocab_coverage": plan.vocab.coverage,
+    }
