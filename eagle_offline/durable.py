@@ -120,14 +120,15 @@ def remove_abandoned(directory: Path) -> None:
     for path in directory.rglob(f".*{TEMPORARY_MARK}*"):
         host, _, rest = path.name.rpartition(TEMPORARY_MARK)[2].rpartition("-")[0].rpartition("-")
         if host == socket.gethostname() and rest.isdigit():
-            abandoned = not _is_alive(int(rest))
+            abandoned = not is_alive(int(rest))
         else:
             abandoned = _age_seconds(path) > ABANDONED_SECONDS
         if abandoned:
             path.unlink(missing_ok=True)
 
 
-def _is_alive(process_id: int) -> bool:
+def is_alive(process_id: int) -> bool:
+    """Say whether a process of this host runs."""
     try:
         os.kill(process_id, 0)
     except ProcessLookupError:

@@ -49,3 +49,9 @@ class SpaceError(EagleOfflineError):
     """No room left on the disk, or the quota is used up."""
 
     exit_code = EXIT_SPACE
+
+
+def one_line(error: BaseException | str, limit: int = 200) -> str:
+    """Return the message of `error` as one line of at most `limit` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"

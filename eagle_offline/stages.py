@@ -39,7 +39,7 @@ def tokenize(settings: TokenizeSettings, tokenizer: Any | None = None) -> TokenT
     Raises:
         EagleOfflineError: see `eagle_offline.errors`.
     """
-    from eagle_offline.text.token_table import TokenTableSettings, ensure_token_table
+    from eagle_offline.text.token_builder import TokenTableSettings, ensure_token_table
 
     make_directory(settings.output_dir)
     table_settings = TokenTableSettings(
@@ -65,13 +65,13 @@ def precompute(settings: PrecomputeSettings) -> dict[str, Any]:
         EagleOfflineError: see `eagle_offline.errors`; committed shards always stay.
     """
     from eagle_offline.precompute.fill import fill
-    from eagle_offline.precompute.plan import check_output_directory, plan_cache, refuse_other_text, summarize
+    from eagle_offline.precompute.plan import check_output_directory, plan_cache, refuse_other_settings, summarize
 
     recorded = check_output_directory(settings)
     with reported_status(settings.output_dir, settings.process_index, settings.process_count):
         tokenizer = load_text(settings)
         if recorded is not None:
-            refuse_other_text(settings, tokenizer, recorded)
+            refuse_other_settings(settings, tokenizer, recorded)
         table = tokenize(settings, tokenizer)
         plan = plan_cache(settings, table, tokenizer, recorded)
         if not settings.dry_run:

@@ -127,7 +127,22 @@ def shared_target(
 def conversations(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Short chats of one to three exchanges, some with a system turn, no two alike."""
     rng = random.Random(seed)
-    words = ["one", "two", "three", "red", "green", "blue", "sum", "list", "count", "please", "return", "value", "because", "then"]
+    words = [
+        "one",
+        "two",
+        "three",
+        "red",
+        "green",
+        "blue",
+        "sum",
+        "list",
+        "count",
+        "please",
+        "return",
+        "value",
+        "because",
+        "then",
+    ]
 
     def say(low: int, high: int) -> str:
         return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks import cache_size, harness, read_speed, startup, train_step
+from benchmarks import cache_size, harness, quickstart, read_speed, startup, train_step
 from benchmarks.harness import Row, read_rows
 
 
@@ -38,6 +38,28 @@ def test_train_step_runs_both_ways():
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     figures = train_step.measure("cpu", shape, draft_vocab_size=64, num_samples=3, longest=48, ttt_steps=2)
     assert figures["speed_over_every_slot"] > 0
+
+
+MICRO_PIPELINE = """
+stages:
+  - make-corpus:
+      {train_file: "{work}/train.jsonl", heldout_file: "{work}/heldout.jsonl", num_conversations: 24,
+       heldout_conversations: 6}
+  - train-target: {train_file: "{work}/train.jsonl", output_dir: "{work}/target", steps: 3}
+  - precompute: {target_model: "{work}/target", input_data: "{work}/train.jsonl", output_dir: "{work}/cache"}
+  - train:
+      {cache: "{work}/cache", output_dir: "{work}/run", ttt_steps: 2, num_epochs: 1, heldout_share: 0.3,
+       tokens_per_batch: 1024}
+  - report: {run: "{work}/run", output_dir: "{work}/report", stages_file: "{work}/stages.json"}
+"""
+
+
+def test_quickstart_row_reads_what_a_pipeline_achieved(tmp_path):
+    pipeline = tmp_path / "micro.yaml"
+    pipeline.write_text(MICRO_PIPELINE)
+    figures = quickstart.measure(pipeline)
+    assert figures["seconds_train"] > 0
+    assert 0.5 < figures["share_of_raw_states"] < 1
 
 
 def test_a_case_that_has_its_row_is_not_measured_again(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from eagle_offline.errors import DataError
 from eagle_offline.supervision import Head
 from eagle_offline.vocab import digest_ids
 
-_NONE = "none"
+_HEAD_ENTRY = "head"
 
 
 def head_bytes(head: Head, *, tied: bool) -> bytes:
@@ -22,9 +23,9 @@ def head_bytes(head: Head, *, tied: bool) -> bytes:
     tensors = {} if tied else {"weight": head.weight.contiguous().cpu()}
     if head.bias is not None:
         tensors["bias"] = head.bias.contiguous().cpu()
-    soft_cap = _NONE if head.soft_cap is None else repr(head.soft_cap)
-    metadata = {"scale": repr(head.scale), "soft_cap": soft_cap, "tied": str(tied).lower()}
-    return save(tensors, metadata=metadata)
+    # One entry: safetensors writes several in an order of its own, and these bytes have a digest.
+    after = {"scale": head.scale, "soft_cap": head.soft_cap, "tied": tied}
+    return save(tensors, metadata={_HEAD_ENTRY: json.dumps(after, sort_keys=True)})
 
 
 def embeddings_bytes(weight: torch.Tensor) -> bytes:
@@ -49,16 +50,13 @@ def read_head(directory: Path) -> Head:
         DataError: missing or not readable.
     """
     tensors, metadata = _read(directory / HEAD_FILE)
-    weight = read_embeddings(directory) if metadata.get("tied") == "true" else tensors.get("weight")
-    if weight is None or weight.ndim != 2 or "scale" not in metadata:
-        raise DataError(f"{directory / HEAD_FILE}: holds no head weight and scale")
-    soft_cap = metadata.get("soft_cap", _NONE)
-    return Head(
-        weight=weight,
-        bias=tensors.get("bias"),
-        scale=float(metadata["scale"]),
-        soft_cap=None if soft_cap == _NONE else float(soft_cap),
-    )
+    try:
+        after = json.loads(metadata[_HEAD_ENTRY])
+        scale, soft_cap = float(after["scale"]), after["soft_cap"]
+        weight = read_embeddings(directory) if after["tied"] else tensors["weight"]
+        return Head(weight, tensors.get("bias"), scale, None if soft_cap is None else float(soft_cap))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{directory / HEAD_FILE}: holds no head weight, scale and soft-cap") from error
 
 
 def read_embeddings(directory: Path) -> torch.Tensor:

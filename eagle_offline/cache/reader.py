@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,6 +95,7 @@ class Cache:
         self._verify = verify
         self._touched = np.zeros(len(self), bool)
         self._open: OrderedDict[int, ArrowShardReader] = OrderedDict()
+        self._lock = threading.Lock()
 
     def _build_index(self) -> None:
         tables = [record.samples for record in self.records.values()]
@@ -175,16 +177,15 @@ class Cache:
         )
 
     def _shard(self, shard: int) -> ArrowShardReader:
-        if shard in self._open:
+        with self._lock:  # training and validation read from threads of their own
+            if shard not in self._open:
+                identity = self.manifest.identity
+                path = self.path / self.records[shard].file
+                self._open[shard] = ArrowShardReader(path, identity.capture.fields, shard, identity.digest)
             self._open.move_to_end(shard)
+            if len(self._open) > _MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)
             return self._open[shard]
-        identity = self.manifest.identity
-        path = self.path / self.records[shard].file
-        reader = ArrowShardReader(path, identity.capture.fields, shard, identity.digest)
-        self._open[shard] = reader
-        if len(self._open) > _MAX_OPEN_SHARDS:
-            self._open.popitem(last=False)
-        return reader
 
     @property
     def aux_layer_ids(self) -> list[int]:

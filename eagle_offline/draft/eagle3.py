@@ -88,7 +88,11 @@ class Eagle3DraftModel(PreTrainedModel):
         return self.embed_tokens
 
     def project_hidden_states(self, aux: Tensor) -> Tensor:
-        """Return ``g_0`` ``[B, T, H]`` from the concatenated aux states ``[B, T, A·H_target]``, low layer first."""
+        """Return ``g_0`` ``[B, T, H]`` from the concatenated aux states ``[B, T, A·H_target]``, low layer first.
+
+        States come in the dtype they are stored in and are widened to the weights' here.
+        """
+        aux = aux.to(self.fc.weight.dtype)
         if self.fc_norm is not None:
             chunks = aux.chunk(len(self.fc_norm), dim=-1)
             aux = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)

@@ -271,7 +271,7 @@ def _translation(rng: random.Random) -> Iterator[_Turn]:
 
 
 def _letters(rng: random.Random) -> Iterator[_Turn]:
-    sender, reader, *helpers = rng.sample(_NAMES, rng.randint(3, 6))
+    sender, reader, *helpers = rng.sample(_NAMES, rng.randint(3, 10))
     topic = rng.choice(sorted(_TOPICS))
     fact, wish = _TOPICS[topic]
     brought = " and ".join(f"{name} brings the {rng.choice(_THINGS)}" for name in helpers)

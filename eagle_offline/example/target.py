@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -42,8 +41,6 @@ MAX_GRADIENT_NORM = 1.0
 _LOOK_BACK_SHARPNESS = 27.0
 _REPETITION_SHARPNESS = 1.5
 _INDUCTION_LAYERS = (1, 3)
-MM = float(os.environ.get("MM", "0.5"))
-MG = float(os.environ.get("MG", "1"))
 _ASSISTANT_TURN = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
 
 Report = Callable[[int, int, float], None]
@@ -66,12 +63,12 @@ class ExampleTargetConfig(BaseModel):
     )
     initializer_range: float = Field(0.07, gt=0)
     rope_theta: float = Field(100_000.0, gt=0)
-    steps: int = Field(640, gt=0)
+    steps: int = Field(560, gt=0)
     warmup_steps: int = Field(20, ge=0)
     learning_rate: float = Field(3e-3, gt=0)
     final_learning_rate_share: float = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.05, ge=0)
-    prompt_loss_weight: float = Field(0.2, ge=0, le=1, description="Weight of a prompt token; assistant tokens have 1.")
+    prompt_loss_weight: float = Field(0.5, ge=0, le=1, description="Weight of a prompt token; assistant tokens have 1.")
     tokens_per_batch: int = Field(1024, gt=0, description="Upper bound, padding included.")
     seed: int = 0
 
@@ -190,8 +187,7 @@ def _learning_rate(config: ExampleTargetConfig, step: int) -> float:
 def _prime_for_copying(model: LlamaForCausalLM, generator: torch.Generator) -> None:
     """Start two circuits that copying needs: heads that look one token back, and heads that find a repetition.
 
-    Most answers repeat parts of their question. From random weights the pair of circuits takes far more tokens to
-    appear than the example can afford; started like this, all of it stays trainable. In layer 0 the heads of
+    It lowers the loss that the example's few training tokens reach; everything stays trainable. In layer 0 the heads of
     the first group attend one, two ... tokens back: their queries and keys read the last feature, which every
     embedding shares, through the fast rotary frequencies. They store a projection of the token found there. The first
     heads of `_INDUCTION_LAYERS` look for a position whose stored token is the current one, through the slow
@@ -211,12 +207,8 @@ def _prime_for_copying(model: LlamaForCausalLM, generator: torch.Generator) -> N
     embedding = model.model.embed_tokens.weight
     scale = embedding.std()
     embedding[:, -1] = 3 * scale
-    if os.environ.get("TIE"):
-        pass
-    else:
-        model.lm_head.weight.copy_(embedding)
-        model.lm_head.weight[:, -1] = 0
-
+    model.lm_head.weight.copy_(embedding)
+    model.lm_head.weight[:, -1] = 0
     for layer in model.model.layers:
         # What the other, still random parts write must not drown the embeddings that these heads read.
         layer.self_attn.o_proj.weight *= 0.1
@@ -240,17 +232,17 @@ def _prime_for_copying(model: LlamaForCausalLM, generator: torch.Generator) -> N
     looking_back.o_proj.weight[:, :head_size] = 0
     looking_back.o_proj.weight[:, : len(slow)] = scale * stored.T
 
-    for layer in model.model.layers[1:]:
-        attention = layer.self_attn
-        for group in range(config.num_key_value_heads):
-            rows = slice(group * head_size, (group + 1) * head_size)
-            copied, matched = draw_projection(head_size), draw_projection(head_size)
-            attention.v_proj.weight[rows] = copied
-            attention.k_proj.weight[rows] = MM * matched
-            for head in range(group * heads_per_group, (group + 1) * heads_per_group):
-                rows = slice(head * head_size, (head + 1) * head_size)
-                attention.q_proj.weight[rows] = MM * matched
-                attention.o_proj.weight[:, rows] = MG * scale * copied.T
+    for layer in _INDUCTION_LAYERS:
+        repeating = model.model.layers[layer].self_attn
+        copied = draw_projection(head_size)
+        repeating.k_proj.weight[:head_size] = 0
+        repeating.k_proj.weight[slow] = _REPETITION_SHARPNESS * stored
+        repeating.v_proj.weight[:head_size] = copied
+        for head in range(heads_per_group):
+            rows = slice(head * head_size, (head + 1) * head_size)
+            repeating.q_proj.weight[rows] = 0
+            repeating.q_proj.weight[[head * head_size + row for row in slow]] = _REPETITION_SHARPNESS * current
+            repeating.o_proj.weight[:, rows] = scale * copied.T
 
 
 class _TrainingState:
@@ -265,7 +257,7 @@ class _TrainingState:
             num_key_value_heads=config.num_key_value_heads,
             intermediate_size=config.intermediate_size,
             max_position_embeddings=4 * config.seq_length,
-            tie_word_embeddings=bool(os.environ.get("TIE")),
+            tie_word_embeddings=False,
             initializer_range=config.initializer_range,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
             bos_token_id=None,
@@ -392,8 +384,9 @@ def train_target(
     if summary is not None and summary["fingerprint"] == fingerprint:
         return summary
     conversations = [conversation["messages"] for conversation in read_conversations(train_file)]
-    texts = (message["content"] for messages in conversations for message in messages)
-    tokenizer = build_tokenizer([*texts, "system\nuser\nassistant\n"], config.vocab_size)
+    # With the role names, which stand in every turn header, so that each becomes one token.
+    texts = (f"{message['role']}\n{message['content']}" for messages in conversations for message in messages)
+    tokenizer = build_tokenizer(texts, config.vocab_size)
     examples = [encode_conversation(tokenizer, messages, config.seq_length) for messages in conversations]
     state = _TrainingState(config, tokenizer)
     checkpoints = output_dir.with_name(output_dir.name + ".checkpoints")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from eagle_offline.alignment import SlotBatch, shift_left_with_zero
 from eagle_offline.alignment import doc_remaining as remaining_steps
-from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.errors import UsageError
 from eagle_offline.objectives.losses import overlap, soft_cross_entropy
 from eagle_offline.supervision import compute_target_distribution
@@ -18,6 +18,24 @@ from eagle_offline.supervision import compute_target_distribution
 STEP_DECAY = 0.8
 
 LK_LOSS_TYPES = ("alpha", "lambda")
+
+
+class Draft(Protocol):
+    """What an unroll asks of a draft; `eagle_offline.draft.eagle3.Eagle3DraftModel` is one."""
+
+    def project_hidden_states(self, aux: Tensor) -> Tensor: ...
+
+    def __call__(
+        self,
+        input_ids: Tensor,
+        projected_hidden_states: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor | None,
+        cache_hidden: list[list],
+        seq_lens: Tensor | None,
+    ) -> Tensor: ...
+
+    def compute_logits(self, hidden: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -76,9 +94,7 @@ def supervised_counts(batch: SlotBatch, ttt_steps: int) -> Tensor:
     return torch.stack(counts)
 
 
-def unroll(
-    draft_model: Eagle3DraftModel, batch: SlotBatch, ttt_steps: int, *, with_overlap: bool = False
-) -> UnrollSums:
+def unroll(draft_model: Draft, batch: SlotBatch, ttt_steps: int, *, with_overlap: bool = False) -> UnrollSums:
     """Run the draft ``ttt_steps`` times over its own states and sum losses and hits per step.
 
     All steps share one ``cache_hidden``, so step ``k`` attends causally to step 0's keys and to the own slot's
@@ -91,7 +107,7 @@ def unroll(
         ttt_steps: ``K``.
         with_overlap: also sum the overlaps, which the LK losses need.
     """
-    hidden = draft_model.project_hidden_states(batch.aux_hidden_states.to(draft_model.fc.weight.dtype))
+    hidden = draft_model.project_hidden_states(batch.aux_hidden_states)
     cache_hidden: list[list] = [[], []]
     ids, position_mask, loss_mask = batch.input_ids, batch.position_mask, batch.loss_mask.bool()
     sums: dict[str, list[Tensor]] = {field.name: [] for field in fields(UnrollSums)}
@@ -143,7 +159,7 @@ class Eagle3TrainerModule(nn.Module):
 
     def __init__(
         self,
-        draft_model: Eagle3DraftModel,
+        draft_model: nn.Module,
         *,
         selected_token_ids: Tensor,
         selected_token_mask: Tensor,
@@ -208,7 +224,7 @@ class Eagle3TrainerModule(nn.Module):
             seq_lens=seq_lens,
             doc_remaining=doc_remaining,
         )
-        sums = unroll(self.draft_model, batch, self.ttt_steps, with_overlap=self.lk_loss_type is not None)
+        sums = unroll(cast(Draft, self.draft_model), batch, self.ttt_steps, with_overlap=self.lk_loss_type is not None)
         valid_tokens = sums.counts.sum()
         return Eagle3StepMetrics(
             loss=decayed_mean(self._step_losses(sums)),

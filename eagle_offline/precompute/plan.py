@@ -44,7 +44,8 @@ from eagle_offline.target.load import (
     resolve_device,
     resolve_target,
 )
-from eagle_offline.text.sources import Source, resolve_sources
+from eagle_offline.text.rows import Source
+from eagle_offline.text.sources import resolve_sources
 from eagle_offline.text.templates import template_digest, tokenizer_digest
 from eagle_offline.text.token_table import SourceRecord, TokenTable
 from eagle_offline.vocab import DraftVocab, choose_draft_vocab, resolve_size
@@ -119,27 +120,22 @@ def _is_own(name: str) -> bool:
     return name in _OWN_ENTRIES or name.startswith(".") or (name.startswith("status-") and name.endswith(".json"))
 
 
-def refuse_other_text(settings: PrecomputeSettings, tokenizer: Any, recorded: Manifest) -> None:
-    """Refuse inputs other than those of a cache that was begun, before anything is tokenised again.
+def refuse_other_settings(settings: PrecomputeSettings, tokenizer: Any, recorded: Manifest) -> None:
+    """Refuse settings and inputs other than those of a cache that was begun, before anything is tokenised again.
 
     Raises:
         MismatchError: names each differing field.
     """
     sources = resolve_sources(settings.input_data, split=settings.split, revision=settings.data_revision)
-    identity = recorded.identity
-    found = identity.model_copy(
+    dataset = recorded.identity.dataset.model_copy(
         update={
-            "text": _text_identity(settings, tokenizer),
-            "dataset": identity.dataset.model_copy(
-                update={
-                    "sources": _source_identities(sources),
-                    "split": settings.split,
-                    "shuffle_seed": settings.shuffle_seed,
-                }
-            ),
+            "sources": _source_identities(sources),
+            "split": settings.split,
+            "shuffle_seed": settings.shuffle_seed,
         }
     )
-    refuse_drift(settings.output_dir, identity, found)
+    vocab_digest = recorded.defaults.draft_vocabulary.digest
+    refuse_drift(settings.output_dir, recorded.identity, _identity(settings, tokenizer, dataset, vocab_digest))
 
 
 def plan_cache(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any, recorded: Manifest | None) -> Plan:
@@ -148,24 +144,50 @@ def plan_cache(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any, 
     Raises:
         UsageError, MismatchError: see `eagle_offline.errors`.
     """
-    source = resolve_target(settings.target_model, settings.revision, settings.trust_remote_code)
-    config = load_config(source)
-    text_config = config.get_text_config()
-    vocab_size = text_config.vocab_size
+    source, config = _target(settings)
+    vocab_size = config.get_text_config().vocab_size
     if table.meta.max_token_id >= vocab_size:
         raise MismatchError(
             f"the tokenizer gives token {table.meta.max_token_id}, the model has {vocab_size} tokens only: "
             f"tokenizer and model of {settings.target_model} do not belong together"
         )
-    codec.check_encoding(settings.state_encoding, settings.dtype)
     vocab = choose_draft_vocab(
         table.supervised_counts(),
         required_token_ids(source, tokenizer),
         resolve_size(settings.draft_vocab_size, vocab_size),
         vocab_size,
     )
-    device = resolve_device(settings.device)
-    identity = Identity(
+    dataset = DatasetIdentity(
+        sources=_source_identities(table.meta.sources),
+        split=settings.split,
+        shuffle_seed=settings.shuffle_seed,
+        num_samples=table.meta.num_rows,
+        rows_digest=table.meta.rows_digest,
+    )
+    identity = _identity(settings, tokenizer, dataset, vocab.digest)
+    if recorded is not None:
+        refuse_drift(settings.output_dir, recorded.identity, identity)
+        default = recorded.defaults.draft_vocabulary
+        if default.digest != vocab.digest:
+            raise MismatchError(
+                f"{settings.output_dir} was begun with another draft vocabulary: --draft-vocab-size recorded "
+                f"{default.size}, now {vocab.size}; give the recorded size again, or choose another --output-dir"
+            )
+    return Plan(settings, source, config, tokenizer, table, vocab, identity, resolve_device(settings.device))
+
+
+def _target(settings: PrecomputeSettings) -> tuple[TargetSource, Any]:
+    source = resolve_target(settings.target_model, settings.revision, settings.trust_remote_code)
+    return source, load_config(source)
+
+
+def _identity(settings: PrecomputeSettings, tokenizer: Any, dataset: DatasetIdentity, vocab_digest: str) -> Identity:
+    """Return what the cache is; no weight is loaded for it."""
+    source, config = _target(settings)
+    text_config = config.get_text_config()
+    device_kind = torch.device(resolve_device(settings.device)).type
+    codec.check_encoding(settings.state_encoding, settings.dtype)
+    return Identity(
         target=TargetIdentity(
             id=source.id,
             revision=source.revision,
@@ -173,22 +195,23 @@ def plan_cache(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any, 
             architecture=(config.architectures or [config.model_type])[0],
             num_layers=text_config.num_hidden_layers,
             hidden_size=text_config.hidden_size,
-            vocab_size=vocab_size,
+            vocab_size=text_config.vocab_size,
         ),
-        text=_text_identity(settings, tokenizer),
-        dataset=_dataset_identity(settings, table),
-        capture=_capture_identity(settings, text_config, vocab, device),
+        text=TextIdentity(
+            tokenizer_digest=tokenizer_digest(tokenizer),
+            template_digest=template_digest(tokenizer),
+            seq_length=settings.seq_length,
+        ),
+        dataset=dataset,
+        capture=_capture_identity(settings, text_config, vocab_digest, device_kind),
         batch_plan=BatchPlan(
             batch_size=settings.batch_size,
             order="length",
             attention_implementation=ATTENTION_IMPLEMENTATION,
             tensor_parallel_size=1,
-            device_kind=torch.device(device).type,
+            device_kind=device_kind,
         ),
     )
-    if recorded is not None:
-        refuse_drift(settings.output_dir, recorded.identity, identity)
-    return Plan(settings, source, config, tokenizer, table, vocab, identity, device)
 
 
 def required_token_ids(source: TargetSource, tokenizer: Any) -> list[int]:
@@ -202,16 +225,6 @@ def required_token_ids(source: TargetSource, tokenizer: Any) -> list[int]:
     return [token for token in ids if token is not None]
 
 
-def _dataset_identity(settings: PrecomputeSettings, table: TokenTable) -> DatasetIdentity:
-    return DatasetIdentity(
-        sources=_source_identities(table.meta.sources),
-        split=settings.split,
-        shuffle_seed=settings.shuffle_seed,
-        num_samples=table.meta.num_rows,
-        rows_digest=table.meta.rows_digest,
-    )
-
-
 def _source_identities(sources: Sequence[Source | SourceRecord]) -> list[SourceIdentity]:
     return [
         SourceIdentity(name=source.name, digest=source.digest, num_bytes=source.num_bytes, revision=source.revision)
@@ -219,15 +232,9 @@ def _source_identities(sources: Sequence[Source | SourceRecord]) -> list[SourceI
     ]
 
 
-def _text_identity(settings: PrecomputeSettings, tokenizer: Any) -> TextIdentity:
-    return TextIdentity(
-        tokenizer_digest=tokenizer_digest(tokenizer),
-        template_digest=template_digest(tokenizer),
-        seq_length=settings.seq_length,
-    )
-
-
-def _capture_identity(settings: PrecomputeSettings, config: Any, vocab: DraftVocab, device: str) -> CaptureIdentity:
+def _capture_identity(
+    settings: PrecomputeSettings, config: Any, vocab_digest: str, device_kind: str
+) -> CaptureIdentity:
     layers = config.num_hidden_layers
     ids = (
         default_aux_layer_ids(layers)
@@ -241,18 +248,18 @@ def _capture_identity(settings: PrecomputeSettings, config: Any, vocab: DraftVoc
     fields = [field(aux_field(layer_id), config.hidden_size, "tokens") for layer_id in ids]
     dense = settings.target_encoding == "dense"
     fields.append(
-        field(TARGET_PROBS, vocab.size, "supervised_positions")
+        field(TARGET_PROBS, resolve_size(settings.draft_vocab_size, config.vocab_size), "supervised_positions")
         if dense
         else field(LAST_HIDDEN_STATE, config.hidden_size, "supervised_positions")
     )
-    on_cpu = torch.device(device).type == "cpu"
+    own_dtype = "fp32" if device_kind == "cpu" else "checkpoint"
     return CaptureIdentity(
         aux_layer_ids=ids,
         dtype=settings.dtype,
-        compute_dtype=settings.compute_dtype or ("fp32" if on_cpu else "checkpoint"),
+        compute_dtype=settings.compute_dtype or own_dtype,
         state_encoding=settings.state_encoding,
         target_encoding=settings.target_encoding,
-        draft_vocab_digest=vocab.digest if dense else None,
+        draft_vocab_digest=vocab_digest if dense else None,
         shard_size=settings.shard_size,
         fields=fields,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from eagle_offline.errors import DataError, MismatchError, UsageError
+from eagle_offline.errors import DataError, MismatchError, UsageError, one_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -59,7 +59,7 @@ def resolve_target(name: str, revision: str | None = None, trust_remote_code: bo
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise UsageError(
-            f"--target-model {name}{at}: no such directory, and the hub does not give it: {_first_line(error)}"
+            f"--target-model {name}{at}: no such directory, and the hub does not give it: {one_line(error)}"
         ) from error
     return TargetSource(name, snapshot, snapshot.name, trust_remote_code)
 
@@ -75,7 +75,7 @@ def load_config(source: TargetSource) -> Any:
     try:
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{source.directory}: its config cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"{source.directory}: its config cannot be loaded: {one_line(error)}") from error
 
 
 def load_tokenizer(source: TargetSource, chat_template: Path | None = None) -> Any:
@@ -89,12 +89,12 @@ def load_tokenizer(source: TargetSource, chat_template: Path | None = None) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=source.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{source.directory}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"{source.directory}: its tokenizer cannot be loaded: {one_line(error)}") from error
     if chat_template is not None:
         try:
-            tokenizer.chat_template = chat_template.read_text()
-        except OSError as error:
-            raise UsageError(f"--chat-template {chat_template}: {error.strerror}") from error
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--chat-template {chat_template}: cannot be read: {one_line(error)}") from error
     return tokenizer
 
 
@@ -123,9 +123,9 @@ def load_model(source: TargetSource, device: str, compute_dtype: str | None) -> 
             output_loading_info=True,
         )
     except (OSError, RuntimeError, KeyError) as error:
-        raise DataError(f"{source.directory}: its weights cannot be loaded: {_first_line(error)}") from error
+        raise DataError(f"{source.directory}: its weights cannot be loaded: {one_line(error)}") from error
     except ValueError as error:
-        raise MismatchError(f"{source.directory}: not a causal LM that can be loaded: {_first_line(error)}") from error
+        raise MismatchError(f"{source.directory}: not a causal LM that can be loaded: {one_line(error)}") from error
     model, report = loaded
     missing = sorted(report.get("missing_keys", ()))
     if missing:
@@ -144,10 +144,5 @@ def resolve_device(device: str | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: {_first_line(error)}") from error
+        raise UsageError(f"--device {device}: {one_line(error)}") from error
     return device
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -19,9 +19,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xxhash
 
-from eagle_offline.errors import DataError, MismatchError, UsageError
+from eagle_offline.errors import DataError, MismatchError, UsageError, one_line
+from eagle_offline.provenance import digest_json
 from eagle_offline.text.conversations import REASONING_KEYS, Message, RowProblem
 
 if TYPE_CHECKING:
@@ -56,24 +56,22 @@ class Encoded:
 
 
 class ChatTemplate:
-    """A tokenizer together with the chat template used with it.
+    """A tokenizer together with its chat template.
 
     Args:
         tokenizer: A transformers tokenizer, fast or slow; not changed.
-        template: Jinja text used in place of the tokenizer's own.
 
     Raises:
         MismatchError: There is no template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
-        if template is None and not tokenizer.chat_template:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
             name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise MismatchError(
                 f"tokenizer {name}: it has no chat template; pass one with `--chat-template FILE` (Jinja)"
             )
         self.tokenizer = tokenizer
-        self.template = template
 
     def encode(self, conversation: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> Encoded:
         """Render and tokenize a conversation; nothing is truncated, no special token is added to the rendering.
@@ -110,13 +108,10 @@ class ChatTemplate:
 
     def _jinja(self, tools: list[dict[str, Any]] | None) -> str:
         """Return the template text for a conversation with or without tools."""
-        if self.template is not None:
-            return self.template
         try:
             return self.tokenizer.get_chat_template(None, tools)
         except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise MismatchError(f"chat template: {reason}; pass one with `--chat-template FILE`") from error
+            raise MismatchError(f"chat template: {one_line(error)}; pass one with `--chat-template FILE`") from error
 
     def _render(
         self, jinja: str, messages: list[dict], tools: list[Any] | None, *, prompt: bool = False, tagged: bool = False
@@ -145,7 +140,7 @@ class ChatTemplate:
                 "with `--chat-template FILE`"
             ) from error
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise RowProblem("template-refused", f"the chat template raises: {' '.join(str(error).split())}") from error
+            raise RowProblem("template-refused", f"the chat template raises: {one_line(error)}") from error
         texts, spans = rendered
         return texts[0], spans[0] if tagged else []
 
@@ -260,7 +255,7 @@ def _skip_header(text: str, start: int, end: int, message: dict[str, Any]) -> in
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return an xxh3_128 hex digest of all that decides how text becomes ids; saving and loading keeps it.
+    """Return the digest of all that decides how text becomes ids; saving and loading keeps it.
 
     Truncation and padding, which any call may set on the tokenizer, are left out.
     """
@@ -270,14 +265,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         model = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     added = {str(token_id): token.__getstate__() for token_id, token in tokenizer.added_tokens_decoder.items()}
-    return _digest({"model": model, "added": added, "special": tokenizer.special_tokens_map})
+    return digest_json({"model": model, "added": added, "special": tokenizer.special_tokens_map})
 
 
-def template_digest(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> str:
-    """Return an xxh3_128 hex digest of the chat template(s) in use: `template`, or else the tokenizer's own."""
-    return _digest(template if template is not None else tokenizer.chat_template)
-
-
-def _digest(value: Any) -> str:
-    canonical = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return xxhash.xxh3_128_hexdigest(canonical.encode())
+def template_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the digest of the tokenizer's chat template(s)."""
+    return digest_json(tokenizer.chat_template)

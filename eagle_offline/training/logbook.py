@@ -50,7 +50,7 @@ class Logbook:
 
     Args:
         directory: the run's.
-        from_step: rows of later steps, written by a run that died before its checkpoint, are dropped.
+        from_step: rows of later steps, written by a run that died before its checkpoint, are dropped; -1 drops all.
     """
 
     def __init__(self, directory: Path, from_step: int):

@@ -250,7 +250,7 @@ def run(settings: TrainSettings, stop: StopRequest) -> dict[str, Any]:
         trainer.position = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, trainer.expected)
     content = json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
     write_bytes(directory / SETTINGS_FILE, content.encode())
-    logbook = Logbook(directory, trainer.position.step)
+    logbook = Logbook(directory, from_step=-1 if checkpoint is None else trainer.position.step)
     has_heldout = len(trainer.corpus.heldout_samples) > 0
     if checkpoint is None and has_heldout:
         logbook.write(trainer.validate())

@@ -117,7 +117,7 @@ def warm_up() -> None:
 
     import eagle_offline.cache.companions
     import eagle_offline.cache.verify
-    import eagle_offline.precompute
+    import eagle_offline.precompute.fill
     import eagle_offline.stages
     import eagle_offline.text.token_table  # noqa: F401
 
@@ -126,11 +126,11 @@ def warm_up() -> None:
 
 def serve() -> None:
     warm_up()
-    print("ready", flush=True)
+    print("ready", flush=True)  # noqa: T201
     for line in sys.stdin:
         children = [start(request) for request in json.loads(line)]
         codes = {child: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
-        print(json.dumps([codes[child] for child in children]), flush=True)
+        print(json.dumps([codes[child] for child in children]), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

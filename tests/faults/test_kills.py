@@ -14,7 +14,7 @@ from eagle_offline.errors import DataError
 from tests import builders
 from tests.faults.driver import Driver, Run
 
-DEFAULT_SHARE = 14  # kills in the default run; all of them are `slow`
+DEFAULT_SHARE = 10  # kills in the default run; all of them are `slow`
 
 
 def arguments(directory: Path, **flags: object) -> list[str]:
@@ -80,7 +80,8 @@ def kill_and_resume(driver: Driver, place: Path, kills: list[tuple[int, str]]) -
             run = driver.run(arguments(place, resume=True), {"event": event, "when": when, "kind": "kill"})
             assert run.code in (-9, 0), run.err  # a resumed run may have fewer events than that
             check_nothing_wrong_is_readable(place, reference)
-        last = driver.run(arguments(place, resume=True))
+        # In this process, not in another child: what a process draws at random when it starts must not matter.
+        last = builders.run_cli(*arguments(place, resume=True))
         assert last.code == 0, last.err
         check_same_as_uninterrupted(place, reference)
     finally:
@@ -141,8 +142,8 @@ def test_a_deleted_record_makes_resume_write_exactly_that_shard_again(driver: Dr
         before = builders.tree(place)
         run = driver.run(arguments(place, resume=True))
         assert run.code == 0, run.err
-        assert [e for e in run.events if e.startswith("link") and "commit-" in e][0].count("commit-000001") == 1
-        assert len([e for e in run.events if e.startswith("link") and "commit-" in e]) == 1
+        (commit,) = (event for event in run.events if event.startswith("link") and "commit-" in event)
+        assert "commit-000001" in commit
         check_same_as_uninterrupted(place, reference)
         after = builders.tree(place)
         touched = [name for name in after if after[name] != before.get(name)]

@@ -39,9 +39,11 @@ def test_two_processes_of_two_make_the_bytes_of_one(
     driver: Driver, tmp_path: Path, reference: tuple[Path, list[str]]
 ) -> None:
     one_by_one, together = tmp_path / "one-by-one", tmp_path / "together"
-    for index in (1, 0):
-        run = driver.run(arguments(one_by_one, resume=True, process_index=index, process_count=2))
-        assert run.code == 0, run.err
+    run = driver.run(arguments(one_by_one, resume=True, process_index=1, process_count=2))
+    assert run.code == 0, run.err
+    # The other one in this process, not in a fork of the same: nothing drawn at a process's start may matter.
+    ended = builders.run_cli(*arguments(one_by_one, resume=True, process_index=0, process_count=2))
+    assert ended.code == 0, ended.err
     check_same_samples(one_by_one, reference[0])
     runs = driver.run_together(
         [request(arguments(together, resume=True, process_index=index, process_count=2)) for index in (0, 1)]
@@ -88,7 +90,7 @@ def run_with_another_in_between(driver: Driver, ours: list[str], theirs: list[st
     return run.code, codes[0], run.err
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(1000, marks=pytest.mark.slow)])
 def test_another_writer_that_runs_between_any_two_steps_changes_nothing(
     driver: Driver, tmp_path: Path, reference: tuple[Path, list[str]], count: int
 ) -> None:
@@ -101,7 +103,7 @@ def test_another_writer_that_runs_between_any_two_steps_changes_nothing(
         check_same_samples(directory, reference[0])
 
 
-@pytest.mark.parametrize("count", [6, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(1000, marks=pytest.mark.slow)])
 def test_of_writers_with_other_settings_one_wins_and_the_other_is_refused(
     driver: Driver, tmp_path: Path, reference: tuple[Path, list[str]], count: int
 ) -> None:
@@ -128,7 +130,7 @@ def test_writers_with_other_settings_started_together_leave_one_whole_cache(driv
 
 
 @pytest.mark.parametrize("grace_seconds", [0, 20])
-@pytest.mark.parametrize("count", [6, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_first_signal_ends_a_run_resumable_wherever_it_comes(
     driver: Driver, tmp_path: Path, reference: tuple[Path, list[str]], count: int, grace_seconds: int
 ) -> None:
@@ -158,9 +160,7 @@ def test_a_signal_without_grace_drops_the_shard_in_hand(driver: Driver, tmp_path
     probe = driver.run(arguments(tmp_path / "probe", **flags))
     fsync_of_shard = next(n for n, e in enumerate(probe.events, start=1) if e.startswith("write_batch") and n > 20)
     # The last event before the shard's own is in the companions: the run stops before it begins the shard.
-    run = driver.run(
-        arguments(directory, **flags), {"event": fsync_of_shard - 1, "when": "after", "kind": "terminate"}
-    )
+    run = driver.run(arguments(directory, **flags), {"event": fsync_of_shard - 1, "when": "after", "kind": "terminate"})
     assert run.code == 5, run.err
     assert len(run.errors) == 1
     assert "--resume" in run.errors[0]

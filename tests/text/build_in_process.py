@@ -9,7 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from eagle_offline.text.token_table import TokenProgress, TokenTableSettings, ensure_token_table
+from eagle_offline.text.token_builder import TokenTableSettings, ensure_token_table
+from eagle_offline.text.token_table import TokenProgress
 from tests.text import tiny_tokenizers as tiny
 
 input_data, directory, log = sys.argv[1:4]

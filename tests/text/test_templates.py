@@ -178,11 +178,8 @@ def test_half_a_surrogate_pair_is_a_problem_of_its_row() -> None:
 
 
 def test_missing_template_says_how_to_pass_one() -> None:
-    tokenizer = tiny.byte_tokenizer(None)
     with pytest.raises(MismatchError, match="--chat-template FILE"):
-        ChatTemplate(tokenizer)
-    given_text = ChatTemplate(tokenizer, tiny.CHATML).encode(parse_conversation({"messages": CHAT}))
-    assert given_text.loss_mask.tolist() == encode(tiny.byte_tokenizer(tiny.CHATML), CHAT).loss_mask.tolist()
+        ChatTemplate(tiny.byte_tokenizer(None))
 
 
 def test_template_that_is_not_jinja_is_named() -> None:
@@ -271,4 +268,3 @@ def test_digests_tell_tokenizers_and_templates_apart() -> None:
     assert len({tokenizer_digest(tokenizer) for tokenizer in (plain, *variants)}) == 3
     assert tokenizer_digest(tiny.byte_tokenizer(tiny.LLAMA3)) == tokenizer_digest(plain)
     assert template_digest(tiny.byte_tokenizer(tiny.LLAMA3)) != template_digest(plain)
-    assert template_digest(plain, tiny.LLAMA3) == template_digest(tiny.byte_tokenizer(tiny.LLAMA3))

@@ -1,0 +1,251 @@
+"""Builds the token table: once from chat data, then found again by its key.
+
+The bytes are a function of the input rows, the tokenizer with its template, and the settings. Knows no model and no
+cache.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, Field
+
+from eagle_offline.durable import explained_os_errors, make_directory, remove_abandoned, replacing, write_bytes
+from eagle_offline.errors import DataError, one_line
+from eagle_offline.provenance import digest_bytes, digest_file
+from eagle_offline.text.build_lock import acquire_lock, held_lock
+from eagle_offline.text.conversations import RowProblem, parse_conversation, parse_tools
+from eagle_offline.text.rows import Row, Source, iter_rows
+from eagle_offline.text.sources import resolve_sources
+from eagle_offline.text.templates import ChatTemplate, template_digest, tokenizer_digest
+from eagle_offline.text.token_table import (
+    FORMAT_VERSION,
+    META_FILE,
+    QUARANTINE_FILE,
+    TOKENS_FILE,
+    FileRecord,
+    SourceRecord,
+    TokenProgress,
+    TokenTable,
+    TokenTableMeta,
+    open_token_table,
+)
+from eagle_offline.text.token_writer import ROWS_PER_BATCH, EncodedRow, LeftOutRow, TokenWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LOCK_FILE = "tokens.lock"
+LOCK_POLL_SECONDS = 0.2
+
+Report = Callable[[TokenProgress], None]
+
+
+class TokenTableSettings(BaseModel, frozen=True, extra="forbid"):
+    """What the user chooses about a token table.
+
+    Attributes:
+        input_data: A file, a directory or a hub id.
+        split: Split name, slice, or both; None for every row.
+        revision: Hub revision.
+        seq_length: Longer rows keep their first `seq_length` tokens.
+        on_bad_row: Leave unusable rows out and say so, or stop at the first.
+    """
+
+    input_data: str
+    split: str | None = None
+    revision: str | None = None
+    seq_length: int = Field(default=2048, ge=2)
+    on_bad_row: Literal["quarantine", "stop"] = "quarantine"
+
+
+def encode_row(row: Row, template: ChatTemplate, seq_length: int) -> EncodedRow | LeftOutRow:
+    """Return the tokens of a row, or why it is left out; depends on nothing but its arguments.
+
+    Raises:
+        DataError: The template cannot say which tokens are the assistant's.
+    """
+    file = row.source.name
+    if row.value is None:
+        return LeftOutRow(file, row.row_number, row.reason or "unreadable", row.problem or "unreadable")
+    try:
+        encoded = template.encode(parse_conversation(row.value), parse_tools(row.value))
+    except RowProblem as problem:
+        return LeftOutRow(file, row.row_number, problem.reason_code, one_line(problem.detail))
+    except DataError as error:
+        raise DataError(f"{_where(row)}: {error}") from error
+    input_ids, loss_mask = encoded.input_ids[:seq_length], encoded.loss_mask[:seq_length]
+    if not loss_mask.any():
+        if encoded.loss_mask.any():
+            detail = f"the first {seq_length} of {len(encoded.input_ids)} tokens hold none of the assistant's"
+            return LeftOutRow(file, row.row_number, "supervision-truncated", detail)
+        return LeftOutRow(file, row.row_number, "no-supervised-token", "the template gives the assistant no token")
+    return EncodedRow(input_ids, loss_mask, row.row_number, len(input_ids) < len(encoded.input_ids))
+
+
+def build_token_table(
+    settings: TokenTableSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path | str,
+    report: Report | None = None,
+) -> TokenTable:
+    """Tokenize every row into `directory` and open the table; memory stays at one record batch.
+
+    Raises:
+        DataError: No usable row; a bad row under `on_bad_row="stop"`; input that cannot be read or that changed.
+        UsageError: Settings that cannot be meant.
+        EagleOfflineError: A directory that cannot be written.
+        MismatchError: The tokenizer has no chat template.
+        SpaceError: The disk is full.
+    """
+    return _build(_plan(settings, tokenizer), Path(directory), report)
+
+
+def ensure_token_table(
+    settings: TokenTableSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path | str,
+    report: Report | None = None,
+) -> TokenTable:
+    """Open the table in `directory` if it is the one asked for, else build it.
+
+    Of several processes one builds and the others wait for it on the file system. The lock only saves work: should
+    two build at once, both write the same bytes and the last rename wins.
+
+    Raises:
+        As `build_token_table`.
+    """
+    directory = Path(directory)
+    plan = _plan(settings, tokenizer)
+    if table := _open_matching(plan, directory):
+        return table
+    make_directory(directory)
+    lock = directory / LOCK_FILE
+    while not (content := acquire_lock(lock)):
+        if table := _open_matching(plan, directory):
+            return table
+        time.sleep(LOCK_POLL_SECONDS)
+    with held_lock(lock, content):
+        return _open_matching(plan, directory) or _build(plan, directory, report)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that shapes a table, resolved; `key` is its digest."""
+
+    settings: TokenTableSettings
+    sources: tuple[Source, ...]
+    template: ChatTemplate
+    tokenizer_digest: str
+    template_digest: str
+
+    @property
+    def source_records(self) -> tuple[SourceRecord, ...]:
+        kept = SourceRecord.model_fields
+        return tuple(
+            SourceRecord(**{name: value for name, value in asdict(source).items() if name in kept})
+            for source in self.sources
+        )
+
+    @property
+    def key(self) -> str:
+        shaping = {
+            "format_version": FORMAT_VERSION,
+            "sources": [record.model_dump() for record in self.source_records],
+            "seq_length": self.settings.seq_length,
+            "on_bad_row": self.settings.on_bad_row,
+            "tokenizer": self.tokenizer_digest,
+            "template": self.template_digest,
+        }
+        # Escaped to ASCII, unlike `digest_json`: the name of a local file need not be Unicode text.
+        return digest_bytes(json.dumps(shaping, sort_keys=True).encode())
+
+
+def _plan(settings: TokenTableSettings, tokenizer: PreTrainedTokenizerBase) -> _Plan:
+    template = ChatTemplate(tokenizer)
+    sources = resolve_sources(settings.input_data, split=settings.split, revision=settings.revision)
+    return _Plan(settings, sources, template, tokenizer_digest(tokenizer), template_digest(tokenizer))
+
+
+def _open_matching(plan: _Plan, directory: Path) -> TokenTable | None:
+    """Open the table in `directory` if it is whole and made by `plan`."""
+    with suppress(DataError):
+        table = open_token_table(directory)
+        if table.meta.key == plan.key:
+            return table
+    return None
+
+
+def _build(plan: _Plan, directory: Path, report: Report | None) -> TokenTable:
+    make_directory(directory)
+    with explained_os_errors(directory):
+        remove_abandoned(directory)
+    with replacing(directory / TOKENS_FILE) as tokens, replacing(directory / QUARANTINE_FILE) as quarantine:
+        with explained_os_errors(directory):
+            writer = _write_rows(plan, tokens, quarantine, report)
+        _check_unchanged(plan.sources)
+    meta = _describe(plan, writer, directory)
+    write_bytes(directory / META_FILE, (json.dumps(meta.model_dump(), indent=2, sort_keys=True) + "\n").encode())
+    return open_token_table(directory)
+
+
+def _write_rows(plan: _Plan, tokens: Path, quarantine: Path, report: Report | None) -> TokenWriter:
+    """Write every row of the sources to one of the two files; return the writer for its counts."""
+    with tokens.open("wb") as tokens_file, quarantine.open("wb") as quarantine_file:
+        writer = TokenWriter(tokens_file, quarantine_file)
+        for source_index, source in enumerate(plan.sources):
+            for row in iter_rows(source):
+                outcome = encode_row(row, plan.template, plan.settings.seq_length)
+                if isinstance(outcome, LeftOutRow) and plan.settings.on_bad_row == "stop":
+                    raise DataError(f"{_where(row)}: {outcome.reason}: {outcome.detail}; stopped as asked")
+                if writer.add(outcome, source_index) and report is not None:
+                    report(writer.progress(source.name))
+        writer.close()
+        if report is not None:
+            report(writer.progress(plan.sources[-1].name))
+    writer.check_usable(plan.settings.input_data)
+    return writer
+
+
+def _check_unchanged(sources: tuple[Source, ...]) -> None:
+    for source in sources:
+        if source.path is not None and digest_file(source.path) != source.digest:
+            raise DataError(f"{source.path}: it changed while it was read; run again when it is complete")
+
+
+def _describe(plan: _Plan, writer: TokenWriter, directory: Path) -> TokenTableMeta:
+    """Return the content of `tokens.json`; the data files must be in place."""
+    files = {
+        name: FileRecord(num_bytes=(directory / name).stat().st_size, digest=digest_file(directory / name))
+        for name in (TOKENS_FILE, QUARANTINE_FILE)
+    }
+    return TokenTableMeta(
+        format_version=FORMAT_VERSION,
+        key=plan.key,
+        tokenizer_digest=plan.tokenizer_digest,
+        template_digest=plan.template_digest,
+        seq_length=plan.settings.seq_length,
+        on_bad_row=plan.settings.on_bad_row,
+        sources=plan.source_records,
+        num_rows=writer.num_rows,
+        num_tokens=writer.num_tokens,
+        num_supervised=writer.num_supervised,
+        max_length=writer.max_length,
+        max_token_id=writer.max_token_id,
+        truncated_rows=writer.truncated_rows,
+        num_quarantined=writer.reasons.total(),
+        reasons=dict(sorted(writer.reasons.items())),
+        rows_digest=writer.rows_digest(),
+        rows_per_batch=ROWS_PER_BATCH,
+        files=files,
+    )
+
+
+def _where(row: Row) -> str:
+    return f"{row.source.path or row.source.name} row {row.row_number}"

@@ -1,0 +1,89 @@
+"""Work done ahead keeps its order, says where it failed, and lets go."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from eagle_offline.data.prefetch import prefetch
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7])
+@pytest.mark.parametrize("count", [0, 1, 3, 20])
+def test_results_come_in_the_order_of_the_items(count, depth):
+    def slow_when_even(item: int) -> int:
+        time.sleep(0.002 * (item % 2 == 0))
+        return item * item
+
+    assert list(prefetch(slow_when_even, range(count), depth)) == [item * item for item in range(count)]
+
+
+def test_work_is_done_ahead_but_no_further_than_depth():
+    begun: list[int] = []
+    taken: list[int] = []
+    for result in prefetch(lambda item: begun.append(item) or item, range(12), depth=3):
+        taken.append(result)
+        time.sleep(0.005)
+        assert max(begun) <= result + 3
+    assert taken == list(range(12))
+    assert len(begun) == 12
+
+
+def test_the_next_result_is_made_while_the_last_one_is_used():
+    second_begun = threading.Event()
+
+    def work(item: int) -> int:
+        if item == 1:
+            second_begun.set()
+        return item
+
+    results = prefetch(work, range(3), depth=1)
+    assert next(results) == 0
+    assert second_begun.wait(5), "nothing was made ahead"
+
+
+def test_a_failure_is_raised_where_its_result_would_have_been():
+    def work(item: int) -> int:
+        if item == 4:
+            raise ValueError("item 4")
+        return item
+
+    results, seen = prefetch(work, range(9), depth=3), []
+    with pytest.raises(ValueError, match="item 4"):
+        seen.extend(results)
+    assert seen == [0, 1, 2, 3]
+    assert not prefetch_threads()
+
+
+def test_a_failure_of_the_items_themselves_is_raised():
+    def items() -> Iterator[int]:
+        yield 0
+        raise KeyError("no more")
+
+    with pytest.raises(KeyError, match="no more"):
+        list(prefetch(lambda item: item, items(), depth=2))
+    assert not prefetch_threads()
+
+
+def test_leaving_early_drops_what_has_not_begun_and_ends_the_thread():
+    begun: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        time.sleep(0.02)
+        return item
+
+    results = prefetch(work, range(1000), depth=50)
+    assert next(results) == 0
+    started = time.monotonic()
+    results.close()
+    assert time.monotonic() - started < 2
+    assert len(begun) <= 60
+    assert not prefetch_threads()

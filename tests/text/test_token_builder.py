@@ -1,0 +1,166 @@
+"""Building a token table: what goes in, what stays out and why, and what a build that stops leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eagle_offline.errors import DataError, EagleOfflineError, MismatchError, SpaceError
+from eagle_offline.text.token_builder import TokenTableSettings, build_token_table, ensure_token_table
+from eagle_offline.text.token_table import TokenProgress, open_token_table
+from tests.text import tiny_tokenizers as tiny
+from tests.text.tiny_tables import BAD_ROWS, TOKENIZER, build, chat, contents, write_chats, write_mixed
+
+
+def test_every_row_left_out_is_in_the_quarantine_with_file_row_and_reason(tmp_path: Path) -> None:
+    table = build(write_mixed(tmp_path / "mixed.jsonl"), tmp_path / "tokens", seq_length=64)
+    lines = [json.loads(line) for line in (tmp_path / "tokens" / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["row"]: line["reason"] for line in lines} == {row: reason for row, (reason, _) in BAD_ROWS.items()}
+    assert {line["file"] for line in lines} == {"mixed.jsonl"}
+    assert all(line["detail"] for line in lines)
+    assert [table[index].row for index in range(len(table))] == [1, 4, 7, 9]
+    assert table.meta.num_quarantined == 5
+    assert table.meta.reasons == dict(Counter(reason for reason, _ in BAD_ROWS.values()))
+
+
+def test_truncation_keeps_the_first_tokens_and_is_counted(tmp_path: Path) -> None:
+    texts = [("Hi", "A long answer"), ("Hi", "Yes"), ("A question too long to be answered", "Yes")]
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", [{"messages": tiny.turns(*pair)} for pair in texts])
+    whole, cut = (build(path, tmp_path / str(length), seq_length=length) for length in (2048, 34))
+    assert len(whole[0].input_ids) > 34 == len(cut[0].input_ids) == cut.meta.max_length
+    np.testing.assert_array_equal(cut[0].input_ids, whole[0].input_ids[:34])
+    np.testing.assert_array_equal(cut[0].loss_mask, whole[0].loss_mask[:34])
+    assert (whole.meta.truncated_rows, cut.meta.truncated_rows) == (0, 1)
+    assert cut.meta.reasons == {"supervision-truncated": 1}
+
+
+def test_stop_at_a_bad_row_names_file_and_row_and_leaves_no_table(tmp_path: Path) -> None:
+    path = write_mixed(tmp_path / "mixed.jsonl")
+    with pytest.raises(DataError, match=r"mixed\.jsonl row 2: not-json: not JSON"):
+        build(path, tmp_path / "tokens", on_bad_row="stop")
+    assert contents(tmp_path / "tokens") == {}
+
+
+def test_input_without_a_usable_row_tells_counts_and_the_first_example(tmp_path: Path) -> None:
+    rows = [BAD_ROWS[5][1], BAD_ROWS[3][1], BAD_ROWS[3][1]]
+    with pytest.raises(DataError) as error:
+        build(tiny.write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "tokens")
+    message = str(error.value)
+    assert "3 left out (no-assistant-turn 1, unknown-role 2)" in message
+    assert "a.jsonl row 1: roles are user" in message
+    assert "\n" not in message
+    (tmp_path / "blank.jsonl").write_text("\n \n")
+    with pytest.raises(DataError, match="holds no rows"):
+        build(tmp_path / "blank.jsonl", tmp_path / "tokens")
+    assert contents(tmp_path / "tokens") == {}
+
+
+def test_refused_template_names_the_row_it_failed_on(tmp_path: Path) -> None:
+    rows = [chat(1), {"messages": tiny.turns("a", "b", "c", "d")}]
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"a\.jsonl row 2: chat template: "):
+        build(path, tmp_path / "tokens", tiny.byte_tokenizer(tiny.FORGETFUL))
+
+
+def test_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="--chat-template FILE"):
+        build(write_chats(tmp_path / "a.jsonl", 2), tmp_path / "tokens", tiny.byte_tokenizer(None))
+
+
+def test_same_input_gives_the_same_bytes_anywhere(tmp_path: Path) -> None:
+    first = build(write_mixed(tmp_path / "x" / "mixed.jsonl"), tmp_path / "one")
+    second = build(write_mixed(tmp_path / "y" / "mixed.jsonl"), tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert sorted(contents(tmp_path / "one")) == ["quarantine.jsonl", "tokens.arrow", "tokens.json"]
+    assert first.meta.key == second.meta.key
+    assert str(tmp_path) not in (tmp_path / "one" / "tokens.json").read_text()
+
+
+def test_table_is_reused_until_something_that_shapes_it_changes(tmp_path: Path) -> None:
+    path, directory = write_chats(tmp_path / "a.jsonl", 5), tmp_path / "tokens"
+    reports: list[TokenProgress] = []
+
+    def builds(tokenizer: Any = TOKENIZER, **settings: Any) -> bool:
+        reports.clear()
+        table = ensure_token_table(
+            TokenTableSettings(input_data=str(path), **settings), tokenizer, directory, reports.append
+        )
+        assert table.meta == open_token_table(directory).meta
+        return bool(reports)
+
+    assert builds()
+    assert reports[-1] == TokenProgress("a.jsonl", 5, 5, open_token_table(directory).meta.num_tokens)
+    assert not builds()
+    changes: list[dict[str, Any]] = [
+        {"seq_length": 1024},
+        {"split": "[:3]"},
+        {"on_bad_row": "stop"},
+        {"tokenizer": tiny.byte_tokenizer(tiny.CHATML_TAGGED)},
+        {"tokenizer": tiny.byte_tokenizer(tiny.CHATML, merges=(("h", "i"),))},
+    ]
+    for change in changes:
+        assert builds(**change), change
+        assert not builds(**change), change
+        assert builds(), change  # back again, so that each change is seen alone
+    write_chats(path, 6)
+    assert builds()
+    assert len(open_token_table(directory)) == 6
+    assert not list(directory.glob("*.lock"))
+
+
+def test_input_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = write_chats(tmp_path / "a.jsonl", 300)
+
+    def append_once(progress: TokenProgress) -> None:
+        write_chats(path, 299)
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        build_token_table(TokenTableSettings(input_data=str(path)), TOKENIZER, tmp_path / "tokens", append_once)
+    assert contents(tmp_path / "tokens") == {}
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(errno.ENOSPC, SpaceError), (errno.EDQUOT, SpaceError), (errno.EROFS, EagleOfflineError)]
+)
+def test_disk_that_refuses_gives_one_line_and_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, expected: type[EagleOfflineError]
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(expected, match=r"tokens/quarantine\.jsonl: "):
+        build(write_chats(tmp_path / "a.jsonl", 2), tmp_path / "tokens")
+    assert contents(tmp_path / "tokens") == {}
+
+
+@pytest.mark.parametrize("stop_before", ["tokens.arrow", "quarantine.jsonl", "tokens.json"])
+def test_builder_stopped_between_renames_never_leaves_a_mixed_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_before: str
+) -> None:
+    directory = tmp_path / "tokens"
+    build(write_mixed(tmp_path / "old.jsonl"), directory)
+    before = contents(directory)
+    rename = os.replace
+
+    def stop(source: Path, target: Path) -> None:
+        if target.name == stop_before:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(write_chats(tmp_path / "other.jsonl", 3), directory)
+    try:
+        open_token_table(directory)
+    except DataError:
+        assert contents(directory) != before
+    else:
+        assert contents(directory) == before
