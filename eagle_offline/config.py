@@ -135,7 +135,7 @@ class ExampleTargetSettings(Settings):
 
     train_file: Path = _setting(..., "JSONL corpus.")
     output_dir: Path = _setting(..., "Where model and tokenizer are saved.")
-    steps: int = _setting(300, "Optimizer steps.", gt=0)
+    steps: int = _setting(560, "Optimizer steps.", gt=0)
 
 
 class RewriteSettings(Settings):

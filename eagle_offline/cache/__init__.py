@@ -1,0 +1,1 @@
+"""The cache: what it is, how its shards are written, committed, read and verified."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from eagle_offline.durable import fsync_file, write_bytes
 from eagle_offline.errors import DataError, StoppedEarly
@@ -19,7 +20,8 @@ SUMMARY_SUFFIX = ".summary.json"
 PROGRESS_SUFFIX = ".partial"
 
 
-class _Pending(NamedTuple):
+@dataclass(frozen=True)
+class _Pending:
     """A conversation whose next turn the assistant has to write."""
 
     index: int
@@ -64,7 +66,7 @@ class _Progress:
 
 
 def generate_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], max_new_tokens: int
+    model: Any, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], max_new_tokens: int
 ) -> list[str | None]:
     """Return the greedy answer to every prompt, or None where no end-of-turn token came within `max_new_tokens`.
 
@@ -89,7 +91,7 @@ def generate_answers(
     for generated in output[:, longest:].tolist():
         ended = tokenizer.eos_token_id in generated
         answer = generated[: generated.index(tokenizer.eos_token_id)] if ended else []
-        answers.append(tokenizer.decode(answer, skip_special_tokens=True) if ended else None)
+        answers.append(str(tokenizer.decode(answer, skip_special_tokens=True)) if ended else None)
     return answers
 
 
@@ -170,7 +172,7 @@ def _rewrite(
 ) -> list[list[dict[str, str]]]:
     """Return the rewritten messages of every conversation; `limits` are new tokens per answer and batch size."""
     max_new_tokens, batch_size = limits
-    tokenizer = AutoTokenizer.from_pretrained(target_dir)
+    tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(target_dir))
     model = AutoModelForCausalLM.from_pretrained(target_dir).eval()
     num_turns = sum(_count_answers(conversation["messages"]) for conversation in conversations)
     originals = list(conversations)

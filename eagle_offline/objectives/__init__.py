@@ -1,0 +1,1 @@
+"""What a draft is trained for, and how its worth is predicted."""
