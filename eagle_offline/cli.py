@@ -168,7 +168,7 @@ def _train(settings: TrainSettings) -> None:
     _show(train(settings))
 
 
-@cli.command("inspect-manifest")
+@cli.command("inspect-manifest", cls=_Command, epilog="eagle-offline inspect-manifest C --verify")
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.option("--verify", is_flag=True, help="Read the whole cache and check every digest.")
@@ -195,7 +195,7 @@ def _report(settings: ReportSettings) -> None:
     report(settings)
 
 
-@cli.command("run")
+@cli.command("run", cls=_Command, epilog="eagle-offline run pipelines/quickstart.yaml --work quickstart")
 @click.argument("pipeline", type=click.Path(path_type=Path))
 @click.option("--work", type=click.Path(path_type=Path), default=Path("work"), help="Takes the place of {work}.")
 @click.option("--dry-run", is_flag=True, help="Check every stage's settings and list them.")
@@ -209,7 +209,7 @@ def _run(pipeline: Path, work: Path, dry_run: bool) -> None:
         run_pipeline(pipeline, work, _announce)
 
 
-@cli.command("quickstart")
+@cli.command("quickstart", cls=_Command, epilog="eagle-offline quickstart --work quickstart")
 @click.option("--work", type=click.Path(path_type=Path), default=Path("quickstart"), help="Where everything goes.")
 def _quickstart(work: Path) -> None:
     """Run the whole job on an embedded example: corpus, target, cache, draft, report. Resumes when interrupted."""
@@ -233,8 +233,12 @@ def main(argv: list[str] | None = None) -> None:
     except EagleOfflineError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(error.exit_code) from None
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.ClickException as error:
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "eagle-offline"
+        click.echo(f"error: {error.format_message()} (see {command} --help)", err=True)
         raise SystemExit(error.exit_code) from None
     except click.Abort:
         raise SystemExit(130) from None

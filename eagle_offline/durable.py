@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -116,14 +117,16 @@ def create_exclusively(path: Path, content: bytes) -> bool:
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Remove temporary files below ``directory`` whose writer is gone: dead on this host, or a day old."""
-    for path in directory.rglob(f".*{TEMPORARY_MARK}*"):
+    """Remove temporary files and directories whose writer is gone: dead on this host, or a day old."""
+    for path in list(directory.rglob(f".*{TEMPORARY_MARK}*")):
         host, _, rest = path.name.rpartition(TEMPORARY_MARK)[2].rpartition("-")[0].rpartition("-")
         if host == socket.gethostname() and rest.isdigit():
             abandoned = not is_alive(int(rest))
         else:
             abandoned = _age_seconds(path) > ABANDONED_SECONDS
-        if abandoned:
+        if abandoned and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif abandoned:
             path.unlink(missing_ok=True)
 
 

@@ -110,8 +110,10 @@ def read_pipeline(path: Path, work: Path) -> list[Stage]:
         kind = KINDS.get(kind_name)
         if kind is None:
             raise UsageError(f"{path}: stage {number}: no stage {kind_name!r}; known: {', '.join(KINDS)}")
+        if not isinstance(values, dict | None):
+            raise UsageError(f"{path}: stage {number}: expected the settings of {kind_name}, found {values!r}")
         placed = {
-            key.replace("-", "_"): value.replace(_WORK, str(work)) if isinstance(value, str) else value
+            str(key).replace("-", "_"): value.replace(_WORK, str(work)) if isinstance(value, str) else value
             for key, value in (values or {}).items()
         }
         name = placed.pop("name", kind_name)

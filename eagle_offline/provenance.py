@@ -29,7 +29,8 @@ def digest_bytes(content: bytes) -> str:
 
 def digest_json(value: Any) -> str:
     """Return the digest of a JSON value, whatever the order of its keys."""
-    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode())
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return digest_bytes(text.encode(errors="replace"))
 
 
 def digest_file(path: Path) -> str:

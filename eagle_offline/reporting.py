@@ -27,13 +27,13 @@ def summarize_run(run: Path, stages_file: Path | None = None) -> dict[str, Any]:
         DataError: there is no run, or it has no validation on held-out documents yet.
     """
     try:
-        settings = json.loads((run / "train.json").read_text())
-    except (OSError, ValueError) as error:
+        cache_path = Path(json.loads((run / "train.json").read_text())["cache"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{run}: no training run here (train.json cannot be read)") from error
     heldout = [row for row in read_metrics(run) if row["kind"] == "heldout"]
     if not heldout or heldout[0]["step"] != 0:
         raise DataError(f"{run}: no validation on held-out documents yet; was it trained with --heldout-share 0?")
-    cache = describe_cache(Path(settings["cache"]))
+    cache = describe_cache(cache_path)
     seconds = json.loads(stages_file.read_text()) if stages_file is not None and stages_file.is_file() else {}
     return {
         "run": str(run),

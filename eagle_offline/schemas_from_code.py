@@ -30,15 +30,25 @@ _RECORDS: dict[str, type[BaseModel]] = {
 }
 
 
+# Documents that carry the digest of their own content; see `eagle_offline.cache.manifest.seal`.
+_SEALED = ("manifest", "commit-record")
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
 def schemas() -> dict[str, dict[str, Any]]:
     """Return the JSON Schema (draft 2020-12) of every record, by file name."""
-    return {
-        f"{name}.schema.json": {
-            "$schema": "https://json-schema.org/draft/2020-12/schema",
-            **record.model_json_schema(mode="validation"),
-        }
-        for name, record in _RECORDS.items()
-    }
+    described = {}
+    for name, record in _RECORDS.items():
+        schema = {"$schema": _DIALECT, **record.model_json_schema(mode="validation")}
+        if name in _SEALED:
+            schema["properties"] = {
+                **schema["properties"],
+                "self_digest": {"pattern": "^[0-9a-f]{32}$", "type": "string"},
+            }
+            schema["required"] = [*schema["required"], "self_digest"]
+        described[f"{name}.schema.json"] = schema
+    return described
 
 
 def write_schemas(directory: Path) -> None:

@@ -97,9 +97,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     Raises:
         EagleOfflineError: see `eagle_offline.errors`.
     """
-    from eagle_offline.training.loop import run
+    from eagle_offline.training.loop import check_output_directory, run
 
-    make_directory(settings.output_dir)
+    check_output_directory(settings)
     with reported_status(settings.output_dir), StopRequest(settings.grace_seconds) as stop:
         return run(settings, stop)
 

@@ -96,9 +96,11 @@ def _matmul_float32(hidden: Tensor, weight: Tensor) -> Tensor:
         return hidden @ weight.T
     half = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
     if half and hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        with torch.autocast("cuda", enabled=False):
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     # float32 products here are exact float32, never TF32: that flag is off unless someone turned it on.
-    return hidden.float() @ weight.float().T
+    with torch.autocast(hidden.device.type, enabled=False):
+        return hidden.float() @ weight.float().T
 
 
 def compute_target_distribution(

@@ -33,6 +33,7 @@ from eagle_offline.cache.manifest import (
 )
 from eagle_offline.cache.writer import committed_shards
 from eagle_offline.config import PrecomputeSettings
+from eagle_offline.devices import resolve_device
 from eagle_offline.durable import make_directory
 from eagle_offline.errors import MismatchError, UsageError
 from eagle_offline.provenance import digest_checkpoint
@@ -41,7 +42,6 @@ from eagle_offline.target.load import (
     ATTENTION_IMPLEMENTATION,
     TargetSource,
     load_config,
-    resolve_device,
     resolve_target,
 )
 from eagle_offline.text.rows import Source

@@ -131,18 +131,3 @@ def load_model(source: TargetSource, device: str, compute_dtype: str | None) -> 
     if missing:
         raise DataError(f"{source.directory}: {len(missing)} weights are missing from the files (first: {missing[0]})")
     return model.to(device).eval()
-
-
-def resolve_device(device: str | None) -> str:
-    """Return ``device``, or cuda if there is one, else cpu.
-
-    Raises:
-        UsageError: not a device that this machine has.
-    """
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: {one_line(error)}") from error
-    return device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class Logbook:
         """Add a row; it is on disk when this returns, in one write."""
         with explained_os_errors(self._path), self._path.open("a") as file:
             file.write(json.dumps(row.model_dump(exclude_none=True)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -7,29 +7,31 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from eagle_offline.alignment import SlotBatch
-from eagle_offline.cache.reader import Cache, open_cache
+from eagle_offline.cache.layout import STATUS_FILE
 from eagle_offline.config import TrainSettings
 from eagle_offline.data.collate import PackedBatch, collate, slot_batch
 from eagle_offline.data.prefetch import prefetch
-from eagle_offline.data.sampler import heldout_mask, plan_epoch, plan_packs
+from eagle_offline.data.sampler import plan_epoch, plan_packs
+from eagle_offline.devices import resolve_device
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.draft.from_target import draft_config, initial_draft, read_target_config
-from eagle_offline.durable import remove_abandoned, write_bytes
-from eagle_offline.errors import DataError, EagleOfflineError, MismatchError, StoppedEarly, UsageError
+from eagle_offline.durable import make_directory, remove_abandoned, write_bytes
+from eagle_offline.errors import EagleOfflineError, MismatchError, StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.objectives.ttt import STEP_DECAY, supervised_counts, unroll
 from eagle_offline.progress import Progress
 from eagle_offline.supervision import Head
-from eagle_offline.training.logbook import Logbook, MetricsRow
+from eagle_offline.training.corpus import Corpus, open_corpus
+from eagle_offline.training.logbook import METRICS_FILE, Logbook, MetricsRow
 from eagle_offline.training.optimizer import build_optimizer, learning_rate
 from eagle_offline.training.state import (
+    CHECKPOINTS_DIRECTORY,
     LATEST_FILE,
     Position,
     fingerprint,
@@ -41,55 +43,7 @@ from eagle_offline.training.state import (
 from eagle_offline.training.validation import Tally, validate
 
 SETTINGS_FILE = "train.json"
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What is trained and validated on.
-
-    Attributes:
-        cache, heldout_cache: open caches, the same one when documents are held out by share.
-        train_samples, heldout_samples: int64 cache indices.
-    """
-
-    cache: Cache
-    heldout_cache: Cache
-    train_samples: np.ndarray
-    heldout_samples: np.ndarray
-
-
-def open_corpus(settings: TrainSettings) -> Corpus:
-    """Open the caches and set the held-out documents apart.
-
-    Raises:
-        DataError: nothing to train or to validate on. MismatchError: the held-out cache is of another target.
-    """
-    cache = open_cache(settings.cache, allow_partial=settings.allow_partial, verify=settings.verify)
-    everything = np.arange(len(cache))
-    if settings.heldout_cache is None:
-        held = heldout_mask(cache.sample_ids, settings.heldout_share, settings.seed)
-        corpus = Corpus(cache, cache, everything[~held], everything[held])
-    else:
-        other = open_cache(settings.heldout_cache, verify=settings.verify)
-        ours, theirs = cache.manifest.identity, other.manifest.identity
-        pairs = {
-            "target": (ours.target.checkpoint_digest, theirs.target.checkpoint_digest),
-            "aux layers": (ours.capture.aux_layer_ids, theirs.capture.aux_layer_ids),
-            "target encoding": (ours.capture.target_encoding, theirs.capture.target_encoding),
-            "dense vocabulary": (ours.capture.draft_vocab_digest, theirs.capture.draft_vocab_digest),
-        }
-        for name, (one, two) in pairs.items():
-            if one != two:
-                raise MismatchError(f"--heldout-cache {settings.heldout_cache}: its {name} is {two}, the cache's {one}")
-        corpus = Corpus(cache, other, everything, np.arange(len(other)))
-    if not len(corpus.train_samples):
-        raise DataError(f"{settings.cache}: no samples to train on")
-    if not len(corpus.heldout_samples) and settings.heldout_share > 0:
-        raise DataError(
-            f"{settings.cache}: {len(cache)} samples are too few to hold {settings.heldout_share:.0%} out; "
-            "raise --heldout-share, set it to 0, or give --heldout-cache"
-        )
-    return corpus
+_OWN_ENTRIES = (SETTINGS_FILE, METRICS_FILE, LATEST_FILE, CHECKPOINTS_DIRECTORY, STATUS_FILE)
 
 
 class Trainer:
@@ -97,7 +51,7 @@ class Trainer:
 
     def __init__(self, settings: TrainSettings, corpus: Corpus):
         self.settings, self.corpus = settings, corpus
-        self.device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = torch.device(resolve_device(settings.device))
         cache, identity = corpus.cache, corpus.cache.manifest.identity
         config = draft_config(
             read_target_config(cache.path / "target" / "config.json"),
@@ -221,7 +175,7 @@ class Trainer:
         done = self.position.step - sum(self.steps_per_epoch[:epoch])
         return epoch + (done / self.steps_per_epoch[epoch] if epoch < len(self.steps_per_epoch) else 0.0)
 
-    def save(self) -> None:
+    def save(self, unlogged: Tally) -> None:
         """Write a checkpoint and drop old ones."""
         save_checkpoint(
             self.settings.output_dir,
@@ -230,8 +184,31 @@ class Trainer:
             self.corpus.cache.selected_token_ids,
             self.position,
             self.expected,
+            unlogged.state(),
         )
         remove_old_checkpoints(self.settings.output_dir, self.settings.keep_checkpoints)
+
+
+def check_output_directory(settings: TrainSettings) -> None:
+    """Make the run's directory, or see that it is a run's.
+
+    Raises:
+        UsageError: a run is there and ``--resume`` was not given. MismatchError: something else is there.
+    """
+    directory = settings.output_dir
+    make_directory(directory)
+    if latest_checkpoint(directory) is not None:
+        if not settings.resume:
+            raise UsageError(f"{directory} already holds a run ({LATEST_FILE} is there): add --resume to go on with it")
+        return
+    foreign = sorted(
+        entry.name for entry in directory.iterdir() if entry.name not in _OWN_ENTRIES and not entry.name.startswith(".")
+    )
+    if foreign and not (directory / SETTINGS_FILE).is_file():
+        raise MismatchError(
+            f"{directory} holds something else ({', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}): "
+            "choose an empty or new --output-dir"
+        )
 
 
 def run(settings: TrainSettings, stop: StopRequest) -> dict[str, Any]:
@@ -241,26 +218,26 @@ def run(settings: TrainSettings, stop: StopRequest) -> dict[str, Any]:
         StoppedEarly: asked to stop; a checkpoint was written. EagleOfflineError: see `eagle_offline.errors`.
     """
     directory = settings.output_dir
+    check_output_directory(settings)
     remove_abandoned(directory)
     checkpoint = latest_checkpoint(directory)
-    if checkpoint is not None and not settings.resume:
-        raise UsageError(f"{directory} already holds a run ({LATEST_FILE} is there): add --resume to go on with it")
-    trainer = Trainer(settings, open_corpus(settings))
+    trainer, window = Trainer(settings, open_corpus(settings)), _Window(settings.ttt_steps)
     if checkpoint is not None:
-        trainer.position = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, trainer.expected)
+        trainer.position, unlogged = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, trainer.expected)
+        window.tally.restore(unlogged)
     content = json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
     write_bytes(directory / SETTINGS_FILE, content.encode())
     logbook = Logbook(directory, from_step=-1 if checkpoint is None else trainer.position.step)
     has_heldout = len(trainer.corpus.heldout_samples) > 0
     if checkpoint is None and has_heldout:
         logbook.write(trainer.validate())
-    _train(trainer, logbook, stop, has_heldout)
+    _train(trainer, logbook, window, stop)
     return {"run": str(directory), "steps": trainer.position.step, "checkpoint": str(latest_checkpoint(directory))}
 
 
-def _train(trainer: Trainer, logbook: Logbook, stop: StopRequest, has_heldout: bool) -> None:
-    settings = trainer.settings
-    window = _Window(settings.ttt_steps)
+def _train(trainer: Trainer, logbook: Logbook, window: _Window, stop: StopRequest) -> None:
+    settings, has_heldout = trainer.settings, len(trainer.corpus.heldout_samples) > 0
+    window.started = time.monotonic()
     total = trainer.total_steps
     with Progress("train", total, initial=trainer.position.step, unit="step") as progress:
         steps = prefetch(trainer.load, trainer.remaining_steps())
@@ -287,7 +264,7 @@ def _train(trainer: Trainer, logbook: Logbook, stop: StopRequest, has_heldout: b
                 logbook.write(trainer.validate())
                 window.started = time.monotonic()
             if done % settings.checkpoint_every == 0 or done == total or stop.requested:
-                trainer.save()
+                trainer.save(window.tally)
             if stop.requested and done < total:
                 raise StoppedEarly(f"stopped by a signal after step {done} of {total}; go on with --resume")
 

@@ -66,8 +66,12 @@ def save_checkpoint(
     selected_token_ids: torch.Tensor,
     position: Position,
     expected: dict[str, Any],
+    unlogged: dict[str, list[float]],
 ) -> Path:
-    """Write a checkpoint beside, make it durable, put it in place, then point ``latest`` at it; return its path."""
+    """Write a checkpoint beside, make it durable, put it in place, then point ``latest`` at it; return its path.
+
+    ``unlogged`` are the sums of the steps since the last metrics line, which the next line will include.
+    """
     parent = directory / CHECKPOINTS_DIRECTORY
     make_directory(parent)
     final = parent / f"step-{position.step:08d}"
@@ -79,7 +83,7 @@ def save_checkpoint(
             save_file(_contiguous(model.state_dict()), sibling / MODEL_FILE, metadata={"format": "pt"})
             save_file({"selected_token_ids": selected_token_ids.cpu()}, sibling / VOCAB_FILE)
             save_file(_flatten_optimizer(model, optimizer), sibling / OPTIMIZER_FILE)
-            state = {"position": asdict(position), "fingerprint": expected}
+            state = {"position": asdict(position), "fingerprint": expected, "unlogged": unlogged}
             (sibling / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
             for path in sibling.iterdir():
                 fsync_file(path)
@@ -113,6 +117,8 @@ def latest_checkpoint(directory: Path) -> Path | None:
         name = (directory / LATEST_FILE).read_text().strip()
     except FileNotFoundError:
         return None
+    except (UnicodeDecodeError, IsADirectoryError) as error:
+        raise DataError(f"{directory / LATEST_FILE}: not the name of a checkpoint: {error}") from error
     path = directory / CHECKPOINTS_DIRECTORY / name
     if not _NAME.fullmatch(name) or not path.is_dir():
         raise DataError(
@@ -124,8 +130,8 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 def load_checkpoint(
     path: Path, model: Eagle3DraftModel, optimizer: torch.optim.Optimizer, expected: dict[str, Any]
-) -> Position:
-    """Restore model and optimizer in place and return where training stood.
+) -> tuple[Position, dict[str, list[float]]]:
+    """Restore model and optimizer in place; return where training stood and the sums not logged yet.
 
     Raises:
         MismatchError: the checkpoint belongs to another cache or other settings, each named.
@@ -133,7 +139,7 @@ def load_checkpoint(
     """
     try:
         state = json.loads((path / STATE_FILE).read_text())
-        recorded, position = state["fingerprint"], Position(**state["position"])
+        recorded, position, unlogged = state["fingerprint"], Position(**state["position"]), state["unlogged"]
         weights, moments = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(f"{path}: the checkpoint cannot be read: {error}") from error
@@ -149,7 +155,7 @@ def load_checkpoint(
         )
     model.load_state_dict(weights)
     _restore_optimizer(model, optimizer, moments)
-    return position
+    return position, unlogged
 
 
 def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,6 +13,8 @@ from eagle_offline.objectives.acceptance import simulated_accept_length, walked_
 from eagle_offline.objectives.ttt import UnrollSums, decayed_mean, unroll
 from eagle_offline.training.logbook import MetricsRow
 
+_SUMS = ("losses", "counts", "hits", "prefix_hits", "prefix_valid")
+
 
 @dataclass
 class Tally:
@@ -36,6 +38,15 @@ class Tally:
         self.losses = torch.zeros(self.ttt_steps, dtype=torch.float64)
         for name in ("counts", "hits", "prefix_hits", "prefix_valid"):
             setattr(self, name, torch.zeros(self.ttt_steps, dtype=torch.int64))
+
+    def state(self) -> dict[str, list[float]]:
+        """Return the sums as JSON values, exactly."""
+        return {name: getattr(self, name).tolist() for name in _SUMS}
+
+    def restore(self, state: dict[str, list[float]]) -> None:
+        """Take over what `state` returned."""
+        for name in _SUMS:
+            setattr(self, name, torch.tensor(state[name], dtype=getattr(self, name).dtype))
 
     def add(self, sums: UnrollSums) -> None:
         """Add one unroll."""
