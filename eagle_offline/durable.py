@@ -41,7 +41,7 @@ def explained_os_errors(path: Path | str) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise EagleOfflineError(f"{path}: cannot write: {error.strerror}; choose another directory") from error
-        raise
+        raise EagleOfflineError(f"{path}: {error.strerror or error}") from error
 
 
 def temporary_sibling(path: Path) -> Path:

@@ -74,7 +74,7 @@ def _totals(path: Path, manifest: Manifest, records: list[CommitRecord]) -> dict
         "target_positions": target_positions,
         "lost_in_capture": dict(lost),
         "shard_bytes": shard_bytes,
-        "companion_bytes": sum(int(file["num_bytes"]) for file in manifest.files.values()),
+        "companion_bytes": sum(file.num_bytes for file in manifest.files.values()),
         "bytes_per_token": shard_bytes / tokens if tokens else None,
         "column_bytes": dict(columns),
         "raw_field_bytes": {

@@ -16,6 +16,7 @@ from eagle_offline.config import (
     TrainSettings,
 )
 from eagle_offline.durable import make_directory
+from eagle_offline.errors import StoppedEarly
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
 from eagle_offline.status import reported_status
@@ -33,7 +34,7 @@ def load_text(settings: TokenizeSettings) -> Any:
     return load_tokenizer(source, settings.chat_template)
 
 
-def tokenize(settings: TokenizeSettings, tokenizer: Any | None = None) -> TokenTable:
+def tokenize(settings: TokenizeSettings, tokenizer: Any | None = None, stop: StopRequest | None = None) -> TokenTable:
     """Turn chat data into tokens and loss masks below ``output_dir/tokens``, once; later calls reuse them.
 
     Raises:
@@ -53,6 +54,8 @@ def tokenize(settings: TokenizeSettings, tokenizer: Any | None = None) -> TokenT
 
         def report(done: TokenProgress) -> None:
             progress.reach(done.rows_read, {"tokens": str(done.num_tokens)})
+            if stop is not None and stop.requested:
+                raise StoppedEarly("stopped by a signal while tokens were made; go on with --resume")
 
         tokenizer = load_text(settings) if tokenizer is None else tokenizer
         return ensure_token_table(table_settings, tokenizer, settings.output_dir / TOKENS_DIRECTORY, report)
@@ -68,15 +71,17 @@ def precompute(settings: PrecomputeSettings) -> dict[str, Any]:
     from eagle_offline.precompute.plan import check_output_directory, plan_cache, refuse_other_settings, summarize
 
     recorded = check_output_directory(settings)
-    with reported_status(settings.output_dir, settings.process_index, settings.process_count):
+    with (
+        reported_status(settings.output_dir, settings.process_index, settings.process_count),
+        StopRequest(settings.grace_seconds) as stop,
+    ):
         tokenizer = load_text(settings)
         if recorded is not None:
             refuse_other_settings(settings, tokenizer, recorded)
-        table = tokenize(settings, tokenizer)
+        table = tokenize(settings, tokenizer, stop)
         plan = plan_cache(settings, table, tokenizer, recorded)
         if not settings.dry_run:
-            with StopRequest(settings.grace_seconds) as stop:
-                fill(plan, recorded, stop)
+            fill(plan, recorded, stop)
         return summarize(plan, settings.output_dir)
 
 

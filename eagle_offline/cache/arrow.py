@@ -16,7 +16,7 @@ import xxhash
 
 from eagle_offline.cache import codec
 from eagle_offline.cache.layout import FORMAT_NAME, FORMAT_VERSION, MERGED_BATCH_BYTES, FieldLayout, SampleTable
-from eagle_offline.errors import DataError
+from eagle_offline.errors import DataError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -213,8 +213,8 @@ class ArrowShardReader:
             self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
         except FileNotFoundError as error:
             raise DataError(f"{path}: shard file is missing") from error
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: not a complete Arrow file: {str(error).splitlines()[0]}") from error
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a complete Arrow file: {one_line(error)}") from error
         expected = shard_schema(fields, shard, identity_digest)
         if not self._reader.schema.equals(expected, check_metadata=True):
             raise DataError(f"{path}: shard {shard} has the columns or the manifest of another cache")
@@ -227,8 +227,12 @@ class ArrowShardReader:
         """
         try:
             batch = self._reader.get_batch(record_batch)
-        except (pa.ArrowInvalid, IndexError, ValueError, OSError) as error:
-            raise DataError(f"{self._path}: record batch {record_batch} cannot be read: {error}") from error
+            # Sizes of buffers against the lengths that the metadata claims: nothing outside the map is ever touched.
+            batch.validate()
+        except (pa.ArrowException, IndexError, ValueError, OverflowError, OSError, SystemError) as error:
+            raise DataError(f"{self._path}: record batch {record_batch} cannot be read: {one_line(error)}") from error
+        if any(column.null_count for column in batch.columns):
+            raise DataError(f"{self._path}: record batch {record_batch} has nulls, expected none")
         if not 0 <= row < batch.num_rows:
             raise DataError(f"{self._path}: record batch {record_batch} has {batch.num_rows} rows, asked for row {row}")
         columns = [_binary_value(batch.column(index), row) for index in range(len(_ID_COLUMNS), batch.num_columns)]
@@ -246,12 +250,15 @@ def _list_values(column: pa.ListArray, row: int) -> np.ndarray:
     start, end = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
     if not 0 <= start <= end <= len(column.values):
         raise DataError("a list column's offsets point outside its values")
-    return column.values.slice(start, end - start).to_numpy(zero_copy_only=True)
+    values = column.values.slice(start, end - start)
+    if values.null_count:
+        raise DataError("a list column has nulls among its values")
+    return values.to_numpy(zero_copy_only=True)
 
 
 def _binary_value(column: pa.LargeBinaryArray, row: int) -> memoryview:
     _, offsets, content = column.buffers()
-    bounds = np.frombuffer(offsets, np.int64)[column.offset + row : column.offset + row + 2]
+    bounds = np.frombuffer(offsets, np.int64, count=2, offset=8 * (column.offset + row))
     start, end = int(bounds[0]), int(bounds[1])
     size = 0 if content is None else content.size
     if not 0 <= start <= end <= size:

@@ -116,7 +116,8 @@ def merge(field: FieldLayout, planes: list[torch.Tensor]) -> torch.Tensor:
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[field.dtype]
     if field.encoding == "raw":
-        return planes[0].contiguous().view(dtype)
+        # A view of nothing has no stride to reinterpret.
+        return planes[0].contiguous().view(dtype) if len(planes[0]) else torch.empty(0, field.width, dtype=dtype)
     exponent, mantissa = planes
     rotated = (exponent.to(torch.int16) << 8) | mantissa.to(torch.int16)
     # int16 shifts are arithmetic: the mask drops the copies of the top bit.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -56,6 +56,10 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# What fits every place it goes to: Arrow's record batch numbers are int32.
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
 class FieldLayout(Frozen):
     """One float matrix per sample and how its values are stored.
 
@@ -96,12 +100,12 @@ class SampleTable(Frozen):
         digest: xxh3_64 of the sample's stored values, hexadecimal.
     """
 
-    sample_id: list[int]
-    num_tokens: list[int]
-    num_supervised: list[int]
-    num_target_positions: list[int]
-    record_batch: list[int]
-    row: list[int]
+    sample_id: list[Count]
+    num_tokens: list[Count]
+    num_supervised: list[Count]
+    num_target_positions: list[Count]
+    record_batch: list[Count]
+    row: list[Count]
     digest: list[str]
 
     def __len__(self) -> int:

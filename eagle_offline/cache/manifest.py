@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from eagle_offline.cache.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE, FieldLayout, Frozen
 from eagle_offline.durable import create_exclusively
@@ -15,6 +15,15 @@ from eagle_offline.provenance import digest_json
 
 # A manifest larger than this is not one of ours; nothing larger is ever parsed.
 _MAX_MANIFEST_BYTES = 64 << 20
+
+# Far more shards than a directory takes well; what lists the missing ones stays small.
+_MAX_SHARDS = 1 << 20
+
+# A path that stays inside the cache: no leading slash, no part that begins with a dot.
+_INSIDE = r"^[^/.\x00][^/\x00]*(/[^/.\x00][^/\x00]*)*$"
+
+
+SEAL = "self_digest"
 
 
 class TargetIdentity(Frozen):
@@ -44,7 +53,7 @@ class DatasetIdentity(Frozen):
     sources: list[SourceIdentity]
     split: str | None
     shuffle_seed: int | None
-    num_samples: int = Field(ge=0)
+    num_samples: int = Field(ge=0, le=1 << 32)
     rows_digest: str
 
 
@@ -82,7 +91,7 @@ class CaptureIdentity(Frozen):
     target_encoding: Literal["factored", "dense"]
     draft_vocab_digest: str | None
     shard_size: int = Field(gt=0)
-    fields: list[FieldLayout]
+    fields: list[FieldLayout] = Field(min_length=1)
 
 
 class Identity(Frozen):
@@ -93,6 +102,12 @@ class Identity(Frozen):
     dataset: DatasetIdentity
     capture: CaptureIdentity
     batch_plan: BatchPlan
+
+    @model_validator(mode="after")
+    def _check_num_shards(self) -> Identity:
+        if self.num_shards > _MAX_SHARDS:
+            raise ValueError(f"{self.num_shards} shards, expected at most {_MAX_SHARDS}: choose a larger --shard-size")
+        return self
 
     @property
     def digest(self) -> str:
@@ -118,6 +133,13 @@ class DraftVocabulary(Frozen):
     coverage: float = Field(ge=0, le=1)
 
 
+class CompanionFile(Frozen):
+    """Size and xxh3_128 of a file that the cache brings along."""
+
+    num_bytes: int = Field(ge=0)
+    digest: str = Field(pattern=r"^[0-9a-f]{32}$")
+
+
 class Defaults(Frozen):
     """What may be replaced later without touching a shard."""
 
@@ -138,13 +160,13 @@ class Manifest(Frozen):
     version: Literal[1] = FORMAT_VERSION
     identity: Identity
     defaults: Defaults
-    files: dict[str, dict[str, int | str]]
+    files: dict[Annotated[str, Field(pattern=_INSIDE)], CompanionFile]
     environment: dict[str, Any]
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> bool:
     """Create the manifest unless there is one; return whether this call did."""
-    content = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+    content = json.dumps(sealed(manifest.model_dump(mode="json")), indent=2, ensure_ascii=False) + "\n"
     return create_exclusively(directory / MANIFEST_FILE, content.encode())
 
 
@@ -164,10 +186,28 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path}: cache version {raw.get('version')!r}, this program reads version {FORMAT_VERSION}: "
             "use the release that wrote it"
         )
+    seal = raw.pop(SEAL, None)
     try:
-        return Manifest.model_validate(raw)
+        manifest = Manifest.model_validate(raw)
     except ValidationError as error:
         raise DataError(f"{path}: {first_problem(error)}") from error
+    check_seal(path, raw, seal, "restore it from a copy")
+    return manifest
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with the digest of everything in it under ``self_digest``."""
+    return {**value, SEAL: digest_json(value)}
+
+
+def check_seal(path: Path, value: dict[str, Any], seal: Any, way_out: str) -> None:
+    """Refuse a JSON object that is not what it was when it was sealed.
+
+    Raises:
+        DataError: says so.
+    """
+    if seal != digest_json(value):
+        raise DataError(f"{path}: was changed after it was written: its {SEAL} differs; {way_out}")
 
 
 def read_json_object(path: Path, max_bytes: int) -> dict[str, Any]:
@@ -183,8 +223,10 @@ def read_json_object(path: Path, max_bytes: int) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing; is this the directory of a cache?") from error
-    except (ValueError, RecursionError, IsADirectoryError, NotADirectoryError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value

@@ -12,10 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eagle_offline.cache.arrow import ArrowShardReader, StoredSample, decode_fields
-from eagle_offline.cache.layout import LAST_HIDDEN_STATE, TARGET_PROBS, CommitRecord, aux_field
+from eagle_offline.cache.layout import (
+    EMBEDDINGS_FILE,
+    HEAD_FILE,
+    LAST_HIDDEN_STATE,
+    TARGET_PROBS,
+    CommitRecord,
+    aux_field,
+)
 from eagle_offline.cache.manifest import Manifest, read_manifest
 from eagle_offline.cache.writer import committed_shards, read_record
 from eagle_offline.errors import DataError
+from eagle_offline.provenance import digest_file
 
 if TYPE_CHECKING:
     import torch
@@ -150,12 +158,18 @@ class Cache:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(self.shards[index])
-        stored = self._shard(shard).read(int(self._record_batches[index]), int(self._rows[index]))
+        reader = self._shard(shard)
+        try:
+            stored = reader.read(int(self._record_batches[index]), int(self._rows[index]))
+        except DataError as error:
+            raise self._damage(index, f"cannot be read ({error})") from error
         sizes = (stored.sample_id, len(stored.input_ids), len(stored.loss_mask), len(stored.target_argmax))
         length = self.lengths[index]
         if sizes != (self.sample_ids[index], length, length, self.num_target_positions[index]):
             raise self._damage(index, "is not the sample that its record names")
         if self._verify and not self._touched[index]:
+            if int(stored.loss_mask.sum()) != self.num_supervised[index]:
+                raise self._damage(index, "has another number of supervised tokens than its record says")
             if stored.digest() != self._digests[index]:
                 raise self._damage(index, "does not match its digest: the file was damaged after it was written")
             self._touched[index] = True
@@ -172,16 +186,29 @@ class Cache:
     def _damage(self, index: int, what: str) -> DataError:
         shard = int(self.shards[index])
         return DataError(
-            f"{self.path / self.records[shard].file}: sample {self.sample_ids[index]} {what}; delete "
-            f"{self.path / f'commit-{shard:06d}.json'} and run precompute --resume to make the shard again"
+            f"{self.path / self.records[shard].file}: sample {self.sample_ids[index]} {what}; {self._way_out(shard)}"
         )
+
+    def _way_out(self, shard: int) -> str:
+        return f"delete {self.path / f'commit-{shard:06d}.json'} and run precompute --resume to make the shard again"
+
+    def _check_companion(self, name: str) -> None:
+        """Refuse a file beside the shards that is not what the manifest records; checked once, when first used."""
+        recorded, path = self.manifest.files.get(name), self.path / name
+        if not self._verify or recorded is None or not path.is_file():
+            return
+        if path.stat().st_size != recorded.num_bytes or digest_file(path) != recorded.digest:
+            raise DataError(f"{path}: differs from what the manifest records; delete it and run precompute --resume")
 
     def _shard(self, shard: int) -> ArrowShardReader:
         with self._lock:  # training and validation read from threads of their own
             if shard not in self._open:
                 identity = self.manifest.identity
                 path = self.path / self.records[shard].file
-                self._open[shard] = ArrowShardReader(path, identity.capture.fields, shard, identity.digest)
+                try:
+                    self._open[shard] = ArrowShardReader(path, identity.capture.fields, shard, identity.digest)
+                except DataError as error:
+                    raise DataError(f"{error}; {self._way_out(shard)}") from error
             self._open.move_to_end(shard)
             if len(self._open) > _MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -196,6 +223,8 @@ class Cache:
         """The target's head as stored."""
         from eagle_offline.cache.companions import read_head
 
+        self._check_companion(HEAD_FILE)
+        self._check_companion(EMBEDDINGS_FILE)
         return read_head(self.path)
 
     @cached_property
@@ -203,6 +232,7 @@ class Cache:
         """The target's raw token embeddings ``[V, H]``."""
         from eagle_offline.cache.companions import read_embeddings
 
+        self._check_companion(EMBEDDINGS_FILE)
         return read_embeddings(self.path)
 
     @cached_property

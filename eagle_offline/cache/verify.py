@@ -64,7 +64,7 @@ def _check_files(path: Path, manifest: Manifest) -> list[Problem]:
         file = path / name
         if not file.is_file():
             problems.append(Problem(name, "missing", "run precompute --resume to write it again"))
-        elif file.stat().st_size != recorded["num_bytes"] or digest_file(file) != recorded["digest"]:
+        elif file.stat().st_size != recorded.num_bytes or digest_file(file) != recorded.digest:
             problems.append(
                 Problem(name, "differs from what the manifest records", "delete it and run precompute --resume")
             )
@@ -86,6 +86,13 @@ def _record_problem(path: Path, manifest: Manifest, record: CommitRecord, owners
         return "was made under another manifest"
     if record.shard >= manifest.identity.num_shards:
         return f"is beyond the manifest's {manifest.identity.num_shards} shards"
+    size = manifest.identity.capture.shard_size
+    expected = min(size, manifest.identity.dataset.num_samples - record.shard * size)
+    if len(record.samples) + len(record.lost) != expected:
+        return f"accounts for {len(record.samples) + len(record.lost)} samples, expected {expected}"
+    named = [*record.samples.sample_id, *(lost.sample_id for lost in record.lost)]
+    if len(set(named)) != len(named):
+        return "names a sample twice"
     for sample_id in [*record.samples.sample_id, *(lost.sample_id for lost in record.lost)]:
         if owners.setdefault(sample_id, record.shard) != record.shard:
             return f"holds sample {sample_id}, which shard {owners[sample_id]} holds too"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from eagle_offline.cache.layout import (
     shard_file,
     shard_of_record,
 )
-from eagle_offline.cache.manifest import Identity, first_problem, read_json_object
+from eagle_offline.cache.manifest import SEAL, Identity, check_seal, first_problem, read_json_object, sealed
 from eagle_offline.durable import (
     create_exclusively,
     explained_os_errors,
@@ -47,6 +48,7 @@ def read_record(directory: Path, shard: int) -> CommitRecord:
     """
     path = directory / record_file(shard)
     raw = read_json_object(path, _MAX_RECORD_BYTES)
+    seal = raw.pop(SEAL, None)
     try:
         record = CommitRecord.model_validate(raw)
     except ValidationError as error:
@@ -56,16 +58,22 @@ def read_record(directory: Path, shard: int) -> CommitRecord:
     lengths = {len(column) for column in record.samples.model_dump().values()}
     if record.shard != shard or len(lengths) != 1:
         raise DataError(f"{path}: the record of another shard, or of columns of unequal length")
+    check_seal(path, raw, seal, f"delete it and run precompute --resume to make shard {shard} again")
     return record
 
 
 @contextmanager
 def _shard_writer(path: Path, shard: int, identity: Identity) -> Iterator[ArrowShardWriter]:
-    writer = ArrowShardWriter(path, identity.capture.fields, shard, identity.digest)
     try:
-        yield writer
+        writer = ArrowShardWriter(path, identity.capture.fields, shard, identity.digest)
+        try:
+            yield writer
+        except BaseException:
+            # On a full disk closing fails again, for what is still buffered.
+            with suppress(OSError):
+                writer.abort()
+            raise
     except BaseException:
-        writer.abort()
         path.unlink(missing_ok=True)
         raise
 
@@ -113,7 +121,8 @@ def write_shard(
         finite=True,
         environment=environment,
     )
-    if create_exclusively(directory / record_file(shard), record.model_dump_json().encode()):
+    content = json.dumps(sealed(record.model_dump(mode="json")), separators=(",", ":"), ensure_ascii=False)
+    if create_exclusively(directory / record_file(shard), content.encode()):
         return record
     standing = read_record(directory, shard)
     if standing.file != final.name:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from eagle_offline.cache.layout import (
     EMBEDDINGS_FILE,
     HEAD_FILE,
     TARGET_DIRECTORY,
+    TOKENS_DIRECTORY,
     LostSample,
+    record_file,
 )
 from eagle_offline.cache.manifest import (
+    CompanionFile,
     Defaults,
     DraftVocabulary,
     Identity,
@@ -27,14 +31,14 @@ from eagle_offline.cache.manifest import (
     refuse_drift,
     write_manifest,
 )
-from eagle_offline.cache.writer import committed_shards, write_shard
+from eagle_offline.cache.writer import committed_shards, read_record, write_shard
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.durable import make_directory, remove_abandoned, write_bytes
 from eagle_offline.errors import DataError, EagleOfflineError, SpaceError, StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.precompute.plan import Plan
 from eagle_offline.progress import Progress
-from eagle_offline.provenance import describe_environment, digest_bytes
+from eagle_offline.provenance import describe_environment, digest_bytes, digest_file
 from eagle_offline.target.capture import Capture, CapturedSample, TokenSample, check_capture
 from eagle_offline.target.hooks import HFEagle3TargetModel
 from eagle_offline.target.layout import input_embeddings, read_head
@@ -42,16 +46,20 @@ from eagle_offline.target.load import (
     DTYPES,
     load_model,
 )
-from eagle_offline.text.token_table import TokenTable
+from eagle_offline.text.token_table import META_FILE, QUARANTINE_FILE, TOKENS_FILE, TokenTable
 
 _TARGET_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
-def own_shards(settings: PrecomputeSettings, identity: Identity) -> list[int]:
+def own_shards(settings: PrecomputeSettings, identity: Identity, *, begun: bool) -> list[int]:
     """Return the shards that fall to this process and are not committed yet.
 
+    Args:
+        begun: whether the cache was there when this run began; else another process has begun it meanwhile, and
+            whether it is the same one is settled when the manifest is written.
+
     Raises:
-        UsageError: the process number is out of range.
+        UsageError: the process number is out of range. DataError: a committed shard is not there in full.
     """
     if settings.process_index >= settings.process_count:
         raise UsageError(
@@ -59,7 +67,26 @@ def own_shards(settings: PrecomputeSettings, identity: Identity) -> list[int]:
         )
     done = set(committed_shards(settings.output_dir))
     mine = range(settings.process_index, identity.num_shards, settings.process_count)
+    for shard in done.intersection(mine) if begun else ():
+        _check_committed(settings.output_dir, identity, shard)
     return [shard for shard in mine if shard not in done]
+
+
+def _check_committed(directory: Path, identity: Identity, shard: int) -> None:
+    """Refuse to count a shard as done that is not there in full.
+
+    Raises:
+        DataError: names the record to delete.
+    """
+    record = read_record(directory, shard)
+    again = f"delete {directory / record_file(shard)} and run again with --resume to make the shard again"
+    if record.identity_digest != identity.digest:
+        raise DataError(f"{directory}: shard {shard} was made under another manifest; {again}")
+    file = directory / record.file
+    found = file.stat().st_size if file.is_file() else None
+    if found != record.file_bytes:
+        state = "is missing" if found is None else f"has {found} bytes, expected {record.file_bytes}"
+        raise DataError(f"{file} {state}; {again}")
 
 
 def check_free_space(plan: Plan, num_shards: int) -> None:
@@ -85,7 +112,7 @@ def fill(plan: Plan, recorded: Manifest | None, stop: StopRequest) -> int:
     """
     settings, directory = plan.settings, plan.settings.output_dir
     remove_abandoned(directory)
-    missing = own_shards(settings, plan.identity)
+    missing = own_shards(settings, plan.identity, begun=recorded is not None)
     check_free_space(plan, len(missing))
     companions_there = recorded is not None and all((directory / name).is_file() for name in recorded.files)
     if not missing and companions_there:
@@ -186,9 +213,12 @@ def _write_companions(plan: Plan, model: torch.nn.Module, head: Any, environment
     """
     directory = plan.settings.output_dir
     contents = _companions(plan, model, head)
-    files: dict[str, dict[str, int | str]] = {
-        name: {"num_bytes": len(content), "digest": digest_bytes(content)} for name, content in contents.items()
+    files = {
+        name: CompanionFile(num_bytes=len(content), digest=digest_bytes(content)) for name, content in contents.items()
     }
+    for path in (directory / TOKENS_DIRECTORY / name for name in (TOKENS_FILE, QUARANTINE_FILE, META_FILE)):
+        name = f"{TOKENS_DIRECTORY}/{path.name}"
+        files[name] = CompanionFile(num_bytes=path.stat().st_size, digest=digest_file(path))
     vocabulary = DraftVocabulary(size=plan.vocab.size, digest=plan.vocab.digest, coverage=plan.vocab.coverage)
     inputs = {"target_model": plan.settings.target_model, "input_data": plan.settings.input_data}
     manifest = Manifest(

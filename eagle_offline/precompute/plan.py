@@ -34,13 +34,13 @@ from eagle_offline.cache.manifest import (
 from eagle_offline.cache.writer import committed_shards
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.devices import resolve_device
-from eagle_offline.durable import make_directory
+from eagle_offline.durable import TEMPORARY_MARK, make_directory
 from eagle_offline.errors import MismatchError, UsageError
 from eagle_offline.provenance import digest_checkpoint
 from eagle_offline.target.layout import default_aux_layer_ids, validate_aux_layer_ids
 from eagle_offline.target.load import (
-    ATTENTION_IMPLEMENTATION,
     TargetSource,
+    attention_implementation,
     load_config,
     resolve_target,
 )
@@ -117,7 +117,9 @@ def check_output_directory(settings: PrecomputeSettings) -> Manifest | None:
 
 
 def _is_own(name: str) -> bool:
-    return name in _OWN_ENTRIES or name.startswith(".") or (name.startswith("status-") and name.endswith(".json"))
+    left_over = name.startswith(".") and TEMPORARY_MARK in name
+    of_one_process = name.startswith("status-") and name.endswith(".json")
+    return name in _OWN_ENTRIES or left_over or of_one_process
 
 
 def refuse_other_settings(settings: PrecomputeSettings, tokenizer: Any, recorded: Manifest) -> None:
@@ -207,7 +209,7 @@ def _identity(settings: PrecomputeSettings, tokenizer: Any, dataset: DatasetIden
         batch_plan=BatchPlan(
             batch_size=settings.batch_size,
             order="length",
-            attention_implementation=ATTENTION_IMPLEMENTATION,
+            attention_implementation=attention_implementation(config),
             tensor_parallel_size=1,
             device_kind=device_kind,
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,6 @@ from eagle_offline.errors import DataError, MismatchError, UsageError, one_line
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Recorded in the manifest: another implementation moves last bits.
-ATTENTION_IMPLEMENTATION = "sdpa"
 
 _CONFIG_FILES = ("*.json", "*.model", "*.jinja", "*.txt", "*.py")
 
@@ -98,6 +97,14 @@ def load_tokenizer(source: TargetSource, chat_template: Path | None = None) -> A
     return tokenizer
 
 
+def attention_implementation(config: Any) -> str:
+    """Return ``sdpa`` where the architecture has it, else ``eager`` (Gemma 2 caps its attention scores)."""
+    from transformers import AutoModelForCausalLM
+
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+
+
 def load_model(source: TargetSource, device: str, compute_dtype: str | None) -> torch.nn.Module:
     """Load a target for inference.
 
@@ -109,7 +116,12 @@ def load_model(source: TargetSource, device: str, compute_dtype: str | None) -> 
     Raises:
         DataError: weights missing or not readable. MismatchError: not a causal LM.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
     dtype: torch.dtype | str = "auto"
     if compute_dtype is not None or torch.device(device).type == "cpu":
@@ -118,11 +130,11 @@ def load_model(source: TargetSource, device: str, compute_dtype: str | None) -> 
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.directory,
             dtype=dtype,
-            attn_implementation=ATTENTION_IMPLEMENTATION,
+            attn_implementation=attention_implementation(load_config(source)),
             trust_remote_code=source.trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(f"{source.directory}: its weights cannot be loaded: {one_line(error)}") from error
     except ValueError as error:
         raise MismatchError(f"{source.directory}: not a causal LM that can be loaded: {one_line(error)}") from error

@@ -23,6 +23,13 @@ LOCK_STALE_SECONDS = 60.0
 LOCK_HEARTBEAT_SECONDS = 5.0
 
 
+def remove_dead_lock(path: Path) -> None:
+    """Remove the lock of a holder that died after its work was done."""
+    with suppress(OSError):
+        if _is_stale(path):
+            path.unlink(missing_ok=True)
+
+
 def acquire_lock(path: Path) -> bytes | None:
     """Create the lock and return its content, or None while another holder seems alive; a dead one's is removed."""
     with explained_os_errors(path):

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field
 from eagle_offline.durable import explained_os_errors, make_directory, remove_abandoned, replacing, write_bytes
 from eagle_offline.errors import DataError, one_line
 from eagle_offline.provenance import digest_bytes, digest_file
-from eagle_offline.text.build_lock import acquire_lock, held_lock
+from eagle_offline.text.build_lock import acquire_lock, held_lock, remove_dead_lock
 from eagle_offline.text.conversations import RowProblem, parse_conversation, parse_tools
 from eagle_offline.text.rows import Row, Source, iter_rows
 from eagle_offline.text.sources import resolve_sources
@@ -124,6 +124,7 @@ def ensure_token_table(
     directory = Path(directory)
     plan = _plan(settings, tokenizer)
     if table := _open_matching(plan, directory):
+        remove_dead_lock(directory / LOCK_FILE)
         return table
     make_directory(directory)
     lock = directory / LOCK_FILE

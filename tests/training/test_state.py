@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from eagle_offline import Eagle3DraftModel, open_cache
 from eagle_offline.cache.companions import vocab_bytes, vocab_file
-from eagle_offline.cache.manifest import seal
+from eagle_offline.cache.manifest import sealed
 from eagle_offline.errors import DataError, SpaceError
 from eagle_offline.training import state
 from eagle_offline.training.logbook import read_metrics
@@ -212,7 +212,7 @@ def test_another_draft_vocabulary_is_refused_by_its_digest(run, tmp_path):
     recorded = manifest["defaults"]["draft_vocabulary"]["digest"]
     manifest["defaults"]["draft_vocabulary"]["digest"] = digest_ids(ids)
     del manifest["self_digest"]
-    (cache / "manifest.json").write_bytes(seal(manifest))
+    (cache / "manifest.json").write_text(json.dumps(sealed(manifest)))
     ended = again(run, "--resume", cache=cache)
     assert ended.code == 3, ended.err
     assert f"draft_vocab: recorded {recorded!r}, now {digest_ids(ids)!r}" in one_error(ended)
