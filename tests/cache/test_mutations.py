@@ -9,7 +9,7 @@ import pytest
 
 from tests.cache import mutations
 
-SHARE, MANY = 250, 6000  # mutations of one kind of file, by default and under `slow`
+SHARE, MANY = 160, 6000  # mutations of one kind of file, by default and under `slow`
 KINDS = ("manifest.json", "commit-*.json", "shard-*.arrow")
 BESIDE = ("head.safetensors", "embeddings.safetensors", "vocab/*", "tokens/*", "target/*")
 

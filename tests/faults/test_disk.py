@@ -63,7 +63,7 @@ def check_one_line(run: object, *parts: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["ENOSPC", "EDQUOT"])
-@pytest.mark.parametrize("count", [5, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_full_disk_at_any_step_exits_6_and_resume_ends_well(
     driver: Driver, tmp_path: Path, reference: tuple[Path, list[str]], fault: str, count: int
 ) -> None:

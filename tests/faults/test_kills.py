@@ -14,7 +14,7 @@ from eagle_offline.errors import DataError
 from tests import builders
 from tests.faults.driver import Driver, Run
 
-DEFAULT_SHARE = 10  # kills in the default run; all of them are `slow`
+DEFAULT_SHARE = 8  # kills in the default run; all of them are `slow`
 
 
 def arguments(directory: Path, **flags: object) -> list[str]:

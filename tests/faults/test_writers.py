@@ -90,7 +90,7 @@ def run_with_another_in_between(driver: Driver, ours: list[str], theirs: list[st
     return run.code, codes[0], run.err
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(1000, marks=pytest.mark.slow)])
 def test_another_writer_that_runs_between_any_two_steps_changes_nothing(
     driver: Driver, tmp_path: Path, reference: tuple[Path, list[str]], count: int
 ) -> None:
@@ -103,7 +103,7 @@ def test_another_writer_that_runs_between_any_two_steps_changes_nothing(
         check_same_samples(directory, reference[0])
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(1000, marks=pytest.mark.slow)])
 def test_of_writers_with_other_settings_one_wins_and_the_other_is_refused(
     driver: Driver, tmp_path: Path, reference: tuple[Path, list[str]], count: int
 ) -> None:
@@ -131,7 +131,7 @@ def test_writers_with_other_settings_started_together_leave_one_whole_cache(driv
 
 
 @pytest.mark.parametrize("grace_seconds", [0, 20])
-@pytest.mark.parametrize("count", [4, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(1000, marks=pytest.mark.slow)])
 def test_a_first_signal_ends_a_run_resumable_wherever_it_comes(
     driver: Driver, tmp_path: Path, reference: tuple[Path, list[str]], count: int, grace_seconds: int
 ) -> None:
