@@ -99,9 +99,10 @@ def _quarantine(path: Path) -> dict[str, Any]:
     if not meta_file.is_file():
         return {"rows": None, "reasons": {}}
     meta = read_json_object(meta_file, _MAX_TOKENS_META_BYTES)
+    reasons = meta.get("reasons")
     return {
         "rows": meta.get("num_quarantined"),
-        "reasons": meta.get("reasons", {}),
+        "reasons": reasons if isinstance(reasons, dict) else {},
         "shortened": meta.get("truncated_rows"),
     }
 
