@@ -137,7 +137,7 @@ def _write_plots(rows: list[dict[str, Any]], summary: dict[str, Any], directory:
     depths = range(1, len(summary["trained"]["top1"]) + 1)
     for key in ("untrained", "trained"):
         depth.plot(depths, summary[key]["conditional_top1"], label=key, marker="o")
-    depth.set(title="right, given all before it were", xlabel="depth", ylim=(0, 1))
+    depth.set(title="right, given all before it were", xlabel="depth", ylim=(0, 1), xticks=list(depths))
     for axis in (loss, accept, depth):
         axis.legend()
         axis.grid(alpha=0.3)
