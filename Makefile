@@ -1,5 +1,6 @@
 # Everything runs in a virtual environment of its own, .venv; the first target that needs it makes it.
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -11,11 +12,11 @@ quickstart: $(READY)
 	$(BIN)/eagle-offline quickstart --work quickstart
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES)
 
 # Full fault injection and the long proofs.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) -m "slow and not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check .

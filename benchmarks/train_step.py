@@ -75,7 +75,7 @@ def _synchronize(device: str) -> None:
 
 
 def _losses_at_every_slot(model: Eagle3DraftModel, batch: SlotBatch, ttt_steps: int) -> Tensor:
-    hidden = model.project_hidden_states(batch.aux_hidden_states.to(model.fc.weight.dtype))
+    hidden = model.project_hidden_states(batch.aux_hidden_states)
     cache_hidden: list[list] = [[], []]
     ids, probs, mask, losses = batch.input_ids, batch.target_probs, batch.position_mask, []
     for step in range(ttt_steps):

@@ -283,7 +283,7 @@ def test_a_manifest_that_does_not_follow_its_schema_is_refused(
 ) -> None:
     cache = copy_of(whole)
     edit(cache / "manifest.json", change)
-    with pytest.raises(error, match=said) as caught:
+    with pytest.raises(error, match=said or None) as caught:
         open_cache(cache)
     assert "manifest.json" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -312,7 +312,7 @@ def test_a_record_that_does_not_follow_its_schema_is_refused(
 ) -> None:
     cache = copy_of(whole)
     edit(cache / "commit-000000.json", change)
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=said or None):
         open_cache(cache)[0]
     check_noticed(cache, "commit-000000.json")
 
