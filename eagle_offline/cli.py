@@ -23,7 +23,7 @@ from eagle_offline.config import (
     build,
     read_yaml,
 )
-from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EagleOfflineError
+from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE, EagleOfflineError
 
 _LIST_FLAGS = ("--aux-layer-ids",)
 
@@ -38,7 +38,7 @@ class _Command(click.Command):
         if self.epilog:
             with formatter.section("Examples"):
                 for line in self.epilog.strip().splitlines():
-                    formatter.write_text(line.strip())
+                    formatter.write(f"  {line.strip()}\n")
 
 
 def _join_lists(args: list[str]) -> list[str]:
@@ -89,7 +89,7 @@ def _option(field: str, info: Any) -> click.Option:
     help_text = info.description or ""
     if info.is_required():
         help_text += "  [required]"
-    elif info.default is not None:
+    elif info.default is not None and info.default is not False:
         help_text += f"  [default: {info.default}]"
     kind = _plain_type(info.annotation)
     if kind is bool:
@@ -122,6 +122,10 @@ def cli() -> None:
     eagle-offline precompute --target-model M --input-data D --output-dir C --resume
     eagle-offline inspect-manifest C --verify
     eagle-offline train --cache C --output-dir O --resume
+
+    \b
+    Exit codes: 0 done, 1 failure, 2 usage, 3 manifest or settings do not match, 4 data missing or corrupt,
+    5 stopped early (run again with --resume), 6 no space left.
     """
 
 
@@ -244,7 +248,8 @@ def main(argv: list[str] | None = None) -> None:
         click.echo(f"error: {error.format_message()} (see {command} --help)", err=True)
         raise SystemExit(error.exit_code) from None
     except click.Abort:
-        raise SystemExit(130) from None
+        click.echo("error: stopped by a signal before anything was begun; run the same command again", err=True)
+        raise SystemExit(EXIT_RESUMABLE) from None
     except BrokenPipeError:
         # The reader of our output went away; nothing of ours failed.
         sys.stderr.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -176,10 +177,14 @@ def build(kind: type[S], values: dict[str, Any], where: str = "") -> S:
         return kind.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        name = ".".join(map(str, problem["loc"]))
-        flag = "--" + name.replace("_", "-")
-        found = "" if problem["type"] == "missing" else f" (found {problem['input']!r})"
-        raise UsageError(f"{where}{flag}: {problem['msg']}{found}; see --help") from error
+        name = str(problem["loc"][0]) if problem["loc"] else "settings"
+        said = f"{problem['msg']} (found {problem['input']!r})"
+        if problem["type"] == "missing":
+            said = "is required"
+        elif problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(name, kind.model_fields, n=1)
+            said = f"no such setting; did you mean {close[0]}?" if close else "no such setting"
+        raise UsageError(f"{where}--{name.replace('_', '-')}: {said}; see --help") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ leaves a sibling with the temporary mark in its name, which no reader ever looks
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import socket
@@ -16,9 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from eagle_offline.errors import EagleOfflineError, SpaceError
+from eagle_offline.errors import EagleOfflineError, SpaceError, UsageError
 
 TEMPORARY_MARK = ".partial-"
+
+LOCK_FILE = ".lock"
 
 # A temporary file of another machine is taken for abandoned after this long.
 ABANDONED_SECONDS = 24 * 3600
@@ -83,6 +86,23 @@ def replacing(path: Path) -> Iterator[Path]:
             fsync_directory(path.parent)
     finally:
         sibling.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(directory: Path, doing: str) -> Iterator[None]:
+    """Hold ``directory`` for one process of a host; the kernel lets go of it however the process ends.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    with explained_os_errors(directory), (directory / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{directory}: another process is {doing} here; wait for it, or choose another --output-dir"
+            ) from error
+        yield
 
 
 def fsync_file(path: Path) -> None:

@@ -44,7 +44,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._enabled and kind is None:
+        elif self._enabled and kind is None and self._done > self._initial:
             self._write_line()
 
     def advance(self, count: int = 1, values: Mapping[str, str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from eagle_offline.config import (
     TokenizeSettings,
     TrainSettings,
 )
-from eagle_offline.durable import make_directory
+from eagle_offline.durable import exclusive, make_directory
 from eagle_offline.errors import StoppedEarly
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
@@ -61,6 +62,18 @@ def tokenize(settings: TokenizeSettings, tokenizer: Any | None = None, stop: Sto
         return ensure_token_table(table_settings, tokenizer, settings.output_dir / TOKENS_DIRECTORY, report)
 
 
+def say_left_out(table: TokenTable) -> None:
+    """Write one line to stderr if input rows were left out or shortened."""
+    meta = table.meta
+    if meta.num_quarantined:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in meta.reasons.items())
+        total = meta.num_rows + meta.num_quarantined
+        where = table.directory / "quarantine.jsonl"
+        sys.stderr.write(f"left out {meta.num_quarantined} of {total} rows ({reasons}): see {where}\n")
+    if meta.truncated_rows:
+        sys.stderr.write(f"shortened {meta.truncated_rows} rows to {meta.seq_length} tokens\n")
+
+
 def precompute(settings: PrecomputeSettings) -> dict[str, Any]:
     """Run the target over the corpus once and write the cache; return what stands there in numbers.
 
@@ -68,17 +81,25 @@ def precompute(settings: PrecomputeSettings) -> dict[str, Any]:
         EagleOfflineError: see `eagle_offline.errors`; committed shards always stay.
     """
     from eagle_offline.precompute.fill import fill
-    from eagle_offline.precompute.plan import check_output_directory, plan_cache, refuse_other_settings, summarize
+    from eagle_offline.precompute.plan import (
+        check_output_directory,
+        check_settings,
+        plan_cache,
+        refuse_other_settings,
+        summarize,
+    )
 
     recorded = check_output_directory(settings)
     with (
         reported_status(settings.output_dir, settings.process_index, settings.process_count),
         StopRequest(settings.grace_seconds) as stop,
     ):
+        check_settings(settings)
         tokenizer = load_text(settings)
         if recorded is not None:
             refuse_other_settings(settings, tokenizer, recorded)
         table = tokenize(settings, tokenizer, stop)
+        say_left_out(table)
         plan = plan_cache(settings, table, tokenizer, recorded)
         if not settings.dry_run:
             fill(plan, recorded, stop)
@@ -105,7 +126,11 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     from eagle_offline.training.loop import check_output_directory, run
 
     check_output_directory(settings)
-    with reported_status(settings.output_dir), StopRequest(settings.grace_seconds) as stop:
+    with (
+        exclusive(settings.output_dir, "training"),
+        reported_status(settings.output_dir),
+        StopRequest(settings.grace_seconds) as stop,
+    ):
         return run(settings, stop)
 
 

@@ -9,17 +9,22 @@ from pathlib import Path
 
 from eagle_offline.cache.layout import STATUS_FILE
 from eagle_offline.durable import write_bytes
-from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE, EagleOfflineError
+from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE, EagleOfflineError, MismatchError, UsageError
 
 _STATES = {EXIT_DONE: "done", EXIT_RESUMABLE: "resumable"}
 
 
 @contextmanager
 def reported_status(directory: Path, process_index: int = 0, process_count: int = 1) -> Iterator[None]:
-    """Write how the block ended to ``status.json``, or to a file of its own for one of several processes."""
+    """Write how the block ended to ``status.json``, or to a file of its own for one of several processes.
+
+    A refusal (`UsageError`, `MismatchError`) begins nothing, so it leaves the status of what is there as it is.
+    """
     name = STATUS_FILE if process_count == 1 else f"status-{process_index:04d}.json"
     try:
         yield
+    except (UsageError, MismatchError):
+        raise
     except EagleOfflineError as error:
         _write(directory / name, error.exit_code, str(error))
         raise

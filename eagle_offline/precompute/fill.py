@@ -131,7 +131,9 @@ def fill(plan: Plan, recorded: Manifest | None, stop: StopRequest) -> int:
     rows = {shard: order[shard * size : (shard + 1) * size] for shard in missing}
     total = int(sum(plan.table.lengths[ids].sum() for ids in rows.values()))
     with Progress("precompute", total, unit="tok", enabled=settings.process_index == 0) as progress:
-        tracker = _Tracker(progress, stop, total_bytes=plan.estimated_bytes())
+        tracker = _Tracker(
+            progress, stop, total_bytes=plan.estimated_bytes() * len(missing) // max(plan.identity.num_shards, 1)
+        )
         for shard, ids in rows.items():
             samples = [_token_sample(plan.table, int(row)) for row in ids]
             tracker.begin_shard(samples)
@@ -161,12 +163,13 @@ class _Tracker:
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
         if not self._stop.leaves_time_for(self._shard_left / max(rate, 1e-9)):
             raise StoppedEarly("stopped by a signal, the shard in hand was dropped; go on with --resume")
-        written = f"{self._written / 1e6:.1f} of about {self._total_bytes / 1e6:.1f} MB"
-        self._progress.advance(count, {"written": written})
+        self._progress.advance(count)
         return sample
 
     def end_shard(self, file_bytes: int) -> None:
         self._written += file_bytes
+        written = f"{self._written / 1e6:.1f} of about {self._total_bytes / 1e6:.1f} MB"
+        self._progress.advance(0, {"written": written})
 
 
 def _token_sample(table: TokenTable, row: int) -> TokenSample:

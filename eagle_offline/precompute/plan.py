@@ -122,6 +122,20 @@ def _is_own(name: str) -> bool:
     return name in _OWN_ENTRIES or left_over or of_one_process
 
 
+def check_settings(settings: PrecomputeSettings) -> None:
+    """Refuse what the target's config alone shows to be impossible, before a corpus is tokenised for it.
+
+    Raises:
+        UsageError, DataError: see `eagle_offline.errors`.
+    """
+    _, config = _target(settings)
+    text_config = config.get_text_config()
+    device_kind = torch.device(resolve_device(settings.device)).type
+    codec.check_encoding(settings.state_encoding, settings.dtype)
+    resolve_size(settings.draft_vocab_size, text_config.vocab_size)
+    _capture_identity(settings, text_config, vocab_digest="", device_kind=device_kind)
+
+
 def refuse_other_settings(settings: PrecomputeSettings, tokenizer: Any, recorded: Manifest) -> None:
     """Refuse settings and inputs other than those of a cache that was begun, before anything is tokenised again.
 
@@ -188,7 +202,6 @@ def _identity(settings: PrecomputeSettings, tokenizer: Any, dataset: DatasetIden
     source, config = _target(settings)
     text_config = config.get_text_config()
     device_kind = torch.device(resolve_device(settings.device)).type
-    codec.check_encoding(settings.state_encoding, settings.dtype)
     return Identity(
         target=TargetIdentity(
             id=source.id,
@@ -275,6 +288,7 @@ def summarize(plan: Plan, directory: Path) -> dict[str, Any]:
         "samples": len(plan.table),
         "tokens": plan.table.meta.num_tokens,
         "supervised_tokens": plan.table.meta.num_supervised,
+        "rows_left_out": plan.table.meta.reasons,
         "shards": plan.identity.num_shards,
         "shards_committed": done,
         "estimated_bytes": plan.estimated_bytes(),

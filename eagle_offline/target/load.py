@@ -58,7 +58,8 @@ def resolve_target(name: str, revision: str | None = None, trust_remote_code: bo
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise UsageError(
-            f"--target-model {name}{at}: no such directory, and the hub does not give it: {one_line(error)}"
+            f"--target-model {name}{at}: no such directory, and the hub does not give it; check the id, the network "
+            f"and access (HF_TOKEN), or pass a local directory: {one_line(error)}"
         ) from error
     return TargetSource(name, snapshot, snapshot.name, trust_remote_code)
 
