@@ -14,14 +14,12 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from eagle_offline.errors import EagleOfflineError, SpaceError, UsageError
 
 TEMPORARY_MARK = ".partial-"
-
-LOCK_FILE = ".lock"
 
 # A temporary file of another machine is taken for abandoned after this long.
 ABANDONED_SECONDS = 24 * 3600
@@ -95,14 +93,19 @@ def exclusive(directory: Path, doing: str) -> Iterator[None]:
     Raises:
         UsageError: another process holds it.
     """
-    with explained_os_errors(directory), (directory / LOCK_FILE).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"{directory}: another process is {doing} here; wait for it, or choose another --output-dir"
-            ) from error
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        # Network file systems may not lock directories; then two runs in one place are the user's to avoid.
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(
+                    f"{directory}: another process is {doing} here; wait for it, or choose another --output-dir"
+                ) from error
         yield
+    finally:
+        os.close(descriptor)
 
 
 def fsync_file(path: Path) -> None:

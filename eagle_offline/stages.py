@@ -63,15 +63,13 @@ def tokenize(settings: TokenizeSettings, tokenizer: Any | None = None, stop: Sto
 
 
 def say_left_out(table: TokenTable) -> None:
-    """Write one line to stderr if input rows were left out or shortened."""
+    """Write one line to stderr if input rows were left out."""
     meta = table.meta
     if meta.num_quarantined:
         reasons = ", ".join(f"{count} {reason}" for reason, count in meta.reasons.items())
         total = meta.num_rows + meta.num_quarantined
         where = table.directory / "quarantine.jsonl"
         sys.stderr.write(f"left out {meta.num_quarantined} of {total} rows ({reasons}): see {where}\n")
-    if meta.truncated_rows:
-        sys.stderr.write(f"shortened {meta.truncated_rows} rows to {meta.seq_length} tokens\n")
 
 
 def precompute(settings: PrecomputeSettings) -> dict[str, Any]:

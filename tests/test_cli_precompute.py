@@ -363,3 +363,14 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(tmp_path: Path) -> N
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: ")
     assert failed.stderr.count("\n") == 1
+
+
+def test_rows_left_out_are_said_in_one_line_and_in_the_summary(tmp_path: Path) -> None:
+    good = [json.loads(line) for line in builders.shared_chat(3).read_text().splitlines()]
+    data = chat_of(tmp_path, *good, {"messages": [{"role": "wizard", "content": "hm"}]}, {"messages": []})
+    ended = builders.run_cli(*builders.precompute_arguments(tmp_path / "cache", data=data))
+    assert ended.code == 0, ended.err
+    said = [line for line in ended.err.splitlines() if line.startswith("left out 2 of 5 rows")]
+    assert len(said) == 1, ended.err
+    assert "quarantine.jsonl" in said[0]
+    assert sum(json.loads(ended.out)["rows_left_out"].values()) == 2

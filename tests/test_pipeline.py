@@ -71,8 +71,8 @@ def test_stages_go_on_where_they_stopped_unless_told_otherwise(tmp_path):
 TRAIN = {"cache": "c", "output_dir": "o"}
 BAD = {
     "unknown stage": ([{"nothing": {}}], "stage 1: no stage 'nothing'; known: make-corpus"),
-    "unknown setting": ([{"train": {**TRAIN, "speed": 3}}], "train: --speed: Extra inputs are not permitted"),
-    "missing setting": ([{"train": {"cache": "c"}}], "train: --output-dir: Field required"),
+    "unknown setting": ([{"train": {**TRAIN, "speed": 3}}], "train: --speed: no such setting"),
+    "missing setting": ([{"train": {"cache": "c"}}], "train: --output-dir: is required"),
     "out of range": ([{"train": {**TRAIN, "ttt_steps": 0}}], "train: --ttt-steps: "),
     "wrong type": ([{"train": {**TRAIN, "seed": "many"}}], "train: --seed: "),
     "second stage": ([{"train": TRAIN}, {"report": {"name": "second", "runs": "x"}}], "second: --"),

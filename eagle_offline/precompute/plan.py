@@ -289,6 +289,7 @@ def summarize(plan: Plan, directory: Path) -> dict[str, Any]:
         "tokens": plan.table.meta.num_tokens,
         "supervised_tokens": plan.table.meta.num_supervised,
         "rows_left_out": plan.table.meta.reasons,
+        "rows_shortened": plan.table.meta.truncated_rows,
         "shards": plan.identity.num_shards,
         "shards_committed": done,
         "estimated_bytes": plan.estimated_bytes(),

@@ -38,7 +38,11 @@ def acquire_lock(path: Path) -> bytes | None:
                 path.unlink(missing_ok=True)
             return None
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}).encode()
-        return content if create_exclusively(path, content) else None
+        try:
+            return content if create_exclusively(path, content) else None
+        except BaseException:
+            _release(path, content)
+            raise
 
 
 @contextmanager
@@ -58,9 +62,14 @@ def held_lock(path: Path, content: bytes) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        with suppress(OSError):
-            if path.read_bytes() == content:
-                path.unlink()
+        _release(path, content)
+
+
+def _release(path: Path, content: bytes) -> None:
+    """Remove the lock if it is still the one with this content."""
+    with suppress(OSError):
+        if path.read_bytes() == content:
+            path.unlink()
 
 
 def _is_stale(path: Path) -> bool:
