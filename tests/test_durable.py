@@ -39,9 +39,14 @@ def test_a_directory_held_by_a_process_is_refused_until_it_is_killed(tmp_path):
 def test_a_failed_replacement_leaves_the_file_and_no_rest(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")
-    with pytest.raises(RuntimeError), replacing(path) as sibling:
-        sibling.write_text("half")
-        raise RuntimeError
+
+    def write_and_fail() -> None:
+        with replacing(path) as sibling:
+            sibling.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_and_fail()
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
 
