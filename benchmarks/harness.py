@@ -52,23 +52,6 @@ class Row(BaseModel):
     measured_at: str
 
 
-def seconds_of(
-    function: Callable[[], object], *, repeats: int = 5, warm_up: int = 1, synchronize: Callable[[], None] | None = None
-) -> dict[str, float]:
-    """Return median, least and greatest seconds of a call."""
-    times = []
-    for repeat in range(warm_up + repeats):
-        if synchronize is not None:
-            synchronize()
-        started = time.perf_counter()
-        function()
-        if synchronize is not None:
-            synchronize()
-        if repeat >= warm_up:
-            times.append(time.perf_counter() - started)
-    return {"median": statistics.median(times), "least": min(times), "greatest": max(times)}
-
-
 def alternating_seconds(functions: dict[str, Callable[[], object]], *, repeats: int = 5) -> dict[str, float]:
     """Return each function's median seconds, measured turn by turn so that noise meets all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in functions}

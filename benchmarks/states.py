@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 HIDDEN_SIZE = 4096
-VOCAB_SIZE = 128256
 DRAFT_VOCAB_SIZE = 32000
 NUM_AUX_LAYERS = 3
 

@@ -117,7 +117,6 @@ class TrainSettings(Settings):
     log_every: int = _setting(10, "Write a metrics line every so many steps.", gt=0)
     verify: bool = _setting(True, "Check each sample's digest when it is first read.")
     allow_partial: bool = _setting(False, "Train on the shards that are there.")
-    grace_seconds: float = _setting(20.0, "After a first signal: finish the step in hand if it fits this.", ge=0)
     resume: bool = _setting(False, "Go on from the latest checkpoint; safe on an empty directory.")
 
 

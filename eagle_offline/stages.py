@@ -116,7 +116,7 @@ def inspect_manifest(cache: Path, *, verify: bool = False) -> dict[str, Any]:
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:
-    """Train a draft from a cache; return the last validation's metrics.
+    """Train a draft from a cache; return the run, its steps and its last checkpoint.
 
     Raises:
         EagleOfflineError: see `eagle_offline.errors`.
@@ -127,7 +127,7 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     with (
         exclusive(settings.output_dir, "training"),
         reported_status(settings.output_dir),
-        StopRequest(settings.grace_seconds) as stop,
+        StopRequest(0) as stop,  # the step in hand is always finished: it is short
     ):
         return run(settings, stop)
 

@@ -15,9 +15,6 @@ from typing import NamedTuple
 
 from eagle_offline.durable import make_directory, write_bytes
 
-DEFAULT_CONVERSATIONS = 2400
-DEFAULT_HELDOUT_CONVERSATIONS = 120
-
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())

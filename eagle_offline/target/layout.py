@@ -21,8 +21,6 @@ _LAYER_PATHS = (
     ("", "layers"),
 )
 
-NUM_DEFAULT_AUX_LAYERS = 3
-
 
 def _follow(model: nn.Module, path: str) -> nn.Module | None:
     module: nn.Module | None = model

@@ -212,7 +212,7 @@ def check_output_directory(settings: TrainSettings) -> None:
 
 
 def run(settings: TrainSettings, stop: StopRequest) -> dict[str, Any]:
-    """Train to the end, or until asked to stop; return the first and the last validation.
+    """Train to the end, or until asked to stop; return the run, its steps and its last checkpoint.
 
     Raises:
         StoppedEarly: asked to stop; a checkpoint was written. EagleOfflineError: see `eagle_offline.errors`.

@@ -39,7 +39,7 @@ _NAME = re.compile(r"step-\d{8}")
 _FREE_SETTINGS = frozenset(
     {
         "cache", "heldout_cache", "output_dir", "device", "eval_every", "checkpoint_every", "keep_checkpoints",
-        "log_every", "verify", "grace_seconds", "resume",
+        "log_every", "verify", "resume",
     }
 )  # fmt: skip
 

@@ -84,7 +84,7 @@ def test_stopping_at_every_step_changes_nothing(uninterrupted, tmp_path, monkeyp
 def test_where_and_how_often_something_is_written_may_change_on_resume(uninterrupted, tmp_path, monkeypatch):
     run = tmp_path / "run"
     train_until(settings(run, checkpoint_every=1, keep_checkpoints=5), 3, monkeypatch)
-    train(settings(run, resume=True, checkpoint_every=7, keep_checkpoints=1, grace_seconds=1, verify=False))
+    train(settings(run, resume=True, checkpoint_every=7, keep_checkpoints=1, verify=False))
     assert_same_run(run, uninterrupted["plain"])
 
 
