@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from eagle_offline import config
 from eagle_offline.cache.layout import CommitRecord, FieldLayout
 from eagle_offline.cache.manifest import Manifest
+from eagle_offline.draft.origin import DraftOrigin
 from eagle_offline.text.token_table import TokenTableMeta
 from eagle_offline.training.logbook import MetricsRow
 
@@ -24,6 +25,7 @@ _RECORDS: dict[str, type[BaseModel]] = {
     "field-layout": FieldLayout,
     "token-table": TokenTableMeta,
     "metrics-row": MetricsRow,
+    "draft-origin": DraftOrigin,
     "tokenize-settings": config.TokenizeSettings,
     "precompute-settings": config.PrecomputeSettings,
     "train-settings": config.TrainSettings,

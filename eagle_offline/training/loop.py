@@ -21,6 +21,7 @@ from eagle_offline.data.sampler import plan_epoch, plan_packs
 from eagle_offline.devices import resolve_device
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.draft.from_target import draft_config, initial_draft, read_target_config
+from eagle_offline.draft.origin import DraftOrigin
 from eagle_offline.durable import make_directory, remove_abandoned, write_bytes
 from eagle_offline.errors import EagleOfflineError, MismatchError, StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
@@ -175,6 +176,31 @@ class Trainer:
         done = self.position.step - sum(self.steps_per_epoch[:epoch])
         return epoch + (done / self.steps_per_epoch[epoch] if epoch < len(self.steps_per_epoch) else 0.0)
 
+    def origin(self) -> DraftOrigin:
+        """Return what the draft at hand was trained for and from."""
+        manifest, settings = self.corpus.cache.manifest, self.settings
+        identity, vocabulary = manifest.identity, manifest.defaults.draft_vocabulary
+        return DraftOrigin(
+            target_id=identity.target.id,
+            target_revision=identity.target.revision,
+            target_digest=identity.target.checkpoint_digest,
+            target_architecture=identity.target.architecture,
+            target_num_layers=identity.target.num_layers,
+            target_hidden_size=identity.target.hidden_size,
+            target_vocab_size=identity.target.vocab_size,
+            tokenizer_digest=identity.text.tokenizer_digest,
+            template_digest=identity.text.template_digest,
+            aux_layer_ids=list(self.corpus.cache.aux_layer_ids),
+            cache_digest=identity.digest,
+            dataset=identity.dataset.model_dump(mode="json"),
+            draft_vocab_digest=vocabulary.digest,
+            draft_vocab_coverage=vocabulary.coverage,
+            objective=settings.objective,
+            ttt_steps=settings.ttt_steps,
+            embeddings_trained=settings.train_embeddings,
+            step=self.position.step,
+        )
+
     def save(self, unlogged: Tally) -> None:
         """Write a checkpoint and drop old ones."""
         save_checkpoint(
@@ -182,6 +208,7 @@ class Trainer:
             self.model,
             self.optimizer,
             self.corpus.cache.selected_token_ids,
+            self.origin(),
             self.position,
             self.expected,
             unlogged.state(),

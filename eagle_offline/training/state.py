@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from eagle_offline.config import TrainSettings
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
+from eagle_offline.draft.files import MODEL_FILE, write_draft
+from eagle_offline.draft.origin import DraftOrigin
 from eagle_offline.durable import (
     explained_os_errors,
     fsync_directory,
@@ -28,8 +30,6 @@ from eagle_offline.errors import DataError, MismatchError
 
 LATEST_FILE = "latest"
 CHECKPOINTS_DIRECTORY = "checkpoints"
-MODEL_FILE = "model.safetensors"
-VOCAB_FILE = "draft_vocab.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "training_state.json"
 
@@ -64,6 +64,7 @@ def save_checkpoint(
     model: Eagle3DraftModel,
     optimizer: torch.optim.Optimizer,
     selected_token_ids: torch.Tensor,
+    origin: DraftOrigin,
     position: Position,
     expected: dict[str, Any],
     unlogged: dict[str, list[float]],
@@ -79,9 +80,7 @@ def save_checkpoint(
     with explained_os_errors(final):
         sibling.mkdir()
         try:
-            model.config.save_pretrained(sibling)
-            save_file(_contiguous(model.state_dict()), sibling / MODEL_FILE, metadata={"format": "pt"})
-            save_file({"selected_token_ids": selected_token_ids.cpu()}, sibling / VOCAB_FILE)
+            write_draft(sibling, model, selected_token_ids, origin)
             save_file(_flatten_optimizer(model, optimizer), sibling / OPTIMIZER_FILE)
             state = {"position": asdict(position), "fingerprint": expected, "unlogged": unlogged}
             (sibling / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
@@ -156,10 +155,6 @@ def load_checkpoint(
     model.load_state_dict(weights)
     _restore_optimizer(model, optimizer, moments)
     return position, unlogged
-
-
-def _contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _names(model: Eagle3DraftModel) -> dict[torch.Tensor, str]:

@@ -54,7 +54,8 @@ def test_a_checkpoint_is_a_model_directory_with_the_training_state_beside(finish
     found = {path.name for path in latest(finished).iterdir()}
     assert {"config.json", "model.safetensors"} <= found
     assert found == {
-        "config.json", "model.safetensors", "draft_vocab.safetensors", "optimizer.safetensors", "training_state.json"
+        "config.json", "model.safetensors", "draft_vocab.safetensors", "origin.json", "optimizer.safetensors",
+        "training_state.json",
     }  # fmt: skip
 
 
