@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eagle_offline.alignment import SlotBatch, document_ids, shift_left_with_zero
+
 
 def simulated_accept_length(step_prefix_hits: Tensor, step_valid: Tensor) -> Tensor:
     """Return ``τ = 1 + Σ_k P_k``, the mean over all slots of one round's yield (the target's own token included).
@@ -57,3 +59,33 @@ def walked_accept_length(step_hits: Tensor, slot_valid: Tensor, document_ids: Te
         while slot < min(landing, num_slots) and documents[slot] == document:
             slot += 1
     return tokens, rounds
+
+
+def walk_answers(step_hits: Tensor, batch: SlotBatch) -> tuple[int, int]:
+    """Walk through the answers of a packed batch, each from its first token to its last.
+
+    Decoding a turn begins once its first token is known and ends with its last; so a round counts only the
+    tokens that the assistant produced, and none begins at a turn's last token. On answers that the target wrote
+    greedily the walk takes the very rounds that decoding takes.
+
+    Args:
+        step_hits: bool ``[K, B, T]``, see `UnrollSums`.
+        batch: the batch that was unrolled, with ``seq_lens``.
+
+    Returns:
+        Tokens yielded and rounds taken, see `walked_accept_length`.
+    """
+    assert batch.seq_lens is not None
+    documents = document_ids(batch.seq_lens, batch.input_ids.shape[1]).cpu()
+    produced, mask = [], batch.loss_mask.bool()
+    for step in range(len(step_hits)):
+        # Step k of slot t predicts x_{t+k+2}, whose loss mask is what slot t has at step k + 1.
+        mask = shift_left_with_zero(mask)
+        produced.append(batch.counting_slots(mask, step + 1))
+    answered = torch.stack(produced).cpu()
+    hits = step_hits.cpu() & answered
+    walked = [
+        walked_accept_length(hits[:, row], answered[0, row] & batch.loss_mask[row].bool().cpu(), documents[row])
+        for row in range(len(documents))
+    ]
+    return sum(tokens for tokens, _ in walked), sum(rounds for _, rounds in walked)

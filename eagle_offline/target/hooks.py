@@ -114,8 +114,12 @@ class HFEagle3TargetModel:
         return input_embeddings(self.model)
 
     @contextmanager
-    def _capturing(self) -> Iterator[dict[int, Tensor]]:
+    def capturing(self, *, enabled: bool = True) -> Iterator[dict[int, Tensor]]:
+        """Yield a dict that forwards of the model fill with its aux states ``[B, T, H]``, by layer id."""
         captured: dict[int, Tensor] = {}
+        if not enabled:
+            yield captured
+            return
 
         def keep(layer_id: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -143,7 +147,7 @@ class HFEagle3TargetModel:
             The aux states, one ``[B, T, H]`` a layer in ``aux_layer_ids`` order, and the final state ``[B, T, H]``
             after the final norm, all in the compute dtype.
         """
-        with torch.inference_mode(), self._capturing() as captured:
+        with torch.inference_mode(), self.capturing() as captured:
             output = self.decoder(input_ids.to(self.get_input_embeddings().weight.device), use_cache=False)
         self._check_captured(captured)
         last = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
@@ -172,7 +176,7 @@ class HFEagle3TargetModel:
             # An additive mask is what every attention implementation of transformers accepts.
             mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             mask.masked_fill_(~visible, torch.finfo(dtype).min)
-        with torch.no_grad(), self._capturing() as captured:
+        with torch.no_grad(), self.capturing() as captured:
             output = self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
         self._check_captured(captured)
         return Eagle3TargetBatch(

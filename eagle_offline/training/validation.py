@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from eagle_offline.alignment import SlotBatch, document_ids
+from eagle_offline.alignment import SlotBatch
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
-from eagle_offline.objectives.acceptance import simulated_accept_length, walked_accept_length
+from eagle_offline.objectives.acceptance import simulated_accept_length, walk_answers
 from eagle_offline.objectives.ttt import UnrollSums, decayed_mean, unroll
 from eagle_offline.training.logbook import MetricsRow
 
@@ -58,13 +58,9 @@ class Tally:
 
     def walk(self, sums: UnrollSums, batch: SlotBatch) -> None:
         """Add one unroll's walked decoding, row by row."""
-        assert batch.seq_lens is not None
-        documents = document_ids(batch.seq_lens, batch.input_ids.shape[1]).cpu()
-        hits, valid = sums.step_hits.cpu(), sums.step_valid[0].cpu()
-        for row in range(documents.shape[0]):
-            tokens, rounds = walked_accept_length(hits[:, row], valid[row], documents[row])
-            self.walked_tokens += tokens
-            self.walked_rounds += rounds
+        tokens, rounds = walk_answers(sums.step_hits, batch)
+        self.walked_tokens += tokens
+        self.walked_rounds += rounds
 
     def row(self, kind: str, step: int, epoch: float, **measured: float | int | None) -> MetricsRow:
         """Return the counts as a metrics row, ``measured`` added."""
