@@ -4,8 +4,9 @@ TEST_PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+INTEROP := .venv-interop
 
-.PHONY: quickstart test test-slow lint types schemas gpu-rows benchmarks clean
+.PHONY: quickstart test test-slow lint types schemas gpu-rows benchmarks interop clean
 
 # The whole job on an embedded example: corpus, target, cache, draft, report. Run it again to resume.
 quickstart: $(READY)
@@ -38,6 +39,17 @@ gpu-rows:
 benchmarks: $(READY)
 	$(BIN)/python -m benchmarks.run --all
 
+# Exports loaded by the speculators library, which gets an environment of its own, and its logits beside ours.
+interop: $(READY) $(INTEROP)/.ready
+	INTEROP_PYTHON=$(INTEROP)/bin/python $(BIN)/python -m benchmarks.run interop
+
+$(INTEROP)/.ready: Makefile
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(INTEROP)/bin/python -m pip install --quiet "torch==$$($(INTEROP)/bin/python -c 'import torch; print(torch.__version__.split("+")[0])')" speculators==0.9.0
+	$(INTEROP)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	touch $@
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
@@ -45,4 +57,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) quickstart
+	rm -rf $(VENV) $(INTEROP) quickstart

@@ -28,6 +28,9 @@ RESULTS = ROOT / "results"
 # Shortest first: an hour with a GPU that ends early has still given the most rows.
 BENCHMARKS = ("startup", "cache_size", "read_speed", "train_step", "quickstart")
 
+# Those that need an environment of their own, and run when they are named.
+SEPARATE = ("interop",)
+
 Figures = dict[str, float | int | str]
 
 
@@ -121,7 +124,7 @@ def run_python(code: str) -> None:
 def main() -> None:
     """Run the benchmarks named, or all of them."""
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.run")
-    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], help="benchmarks to run")
+    parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, *SEPARATE, []], help="benchmarks to run")
     parser.add_argument("--all", action="store_true", help="run every benchmark")
     parser.add_argument("--device", default="cpu", help="torch device")
     arguments = parser.parse_args()

@@ -16,6 +16,9 @@ from pydantic import BaseModel
 
 from eagle_offline import __version__
 from eagle_offline.config import (
+    CheckSettings,
+    EvaluateSettings,
+    ExportSettings,
     PrecomputeSettings,
     ReportSettings,
     TokenizeSettings,
@@ -23,7 +26,7 @@ from eagle_offline.config import (
     build,
     read_yaml,
 )
-from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESUMABLE, EagleOfflineError
+from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_MISMATCH, EXIT_RESUMABLE, EagleOfflineError
 
 _LIST_FLAGS = ("--aux-layer-ids",)
 
@@ -82,9 +85,11 @@ def settings_command(group: click.Group, name: str, kind: type[BaseModel], examp
     return decorate
 
 
-def _option(field: str, info: Any) -> click.Option:
+def _option(field: str, info: Any) -> click.Parameter:
     """Return the flag of a settings field; its default stays with the settings, so that a file can stand between."""
     extra = info.json_schema_extra or {}
+    if extra.get("positional"):
+        return click.Argument([field], required=False, type=str)
     flag = "--" + field.replace("_", "-")
     help_text = info.description or ""
     if info.is_required():
@@ -122,6 +127,8 @@ def cli() -> None:
     eagle-offline precompute --target-model M --input-data D --output-dir C --resume
     eagle-offline inspect-manifest C --verify
     eagle-offline train --cache C --output-dir O --resume
+    eagle-offline evaluate --draft O --target M                real decoding with the draft and without
+    eagle-offline export O --target M                          directories for vLLM, SGLang and speculators
 
     \b
     Exit codes: 0 done, 1 failure, 2 usage, 3 manifest or settings do not match, 4 data missing or corrupt,
@@ -190,6 +197,50 @@ def _inspect(cache: Path, as_json: bool, verify: bool) -> None:
         click.echo(render_text(description))
     if description.get("problems"):
         raise SystemExit(4)
+
+
+@settings_command(
+    cli,
+    "evaluate",
+    EvaluateSettings,
+    """
+    eagle-offline evaluate --draft O --target meta-llama/Llama-3.1-8B-Instruct
+    eagle-offline evaluate --draft O/export/flat --target M --prompts questions.jsonl --max-prompts 80 --output-dir E
+    eagle-offline evaluate --draft O --target M --temperature 0.7 --top-p 0.9
+    """,
+)
+def _evaluate(settings: EvaluateSettings) -> None:
+    """Decode prompts with a draft and without: real accept length, time, and what training had promised."""
+    from eagle_offline.evaluation_page import render_text
+    from eagle_offline.stages import evaluate
+
+    click.echo(render_text(evaluate(settings)))
+    if settings.output_dir is not None:
+        click.echo(f"\npage: {settings.output_dir / 'evaluation.html'}")
+
+
+@settings_command(
+    cli,
+    "export",
+    ExportSettings,
+    """
+    eagle-offline export O --target meta-llama/Llama-3.1-8B-Instruct       (both layouts, below O/export)
+    eagle-offline export O --to flat --output-dir D
+    eagle-offline export --check D/flat --target M                         (any draft, also another's)
+    """,
+)
+def _export(settings: ExportSettings) -> None:
+    """Write a trained draft as the directories that vLLM, SGLang and speculators load, or check such a directory."""
+    from eagle_offline.stages import check, export
+
+    if settings.check is None:
+        _show(export(settings))
+        return
+    layout = None if settings.to == "both" else settings.to
+    report = check(CheckSettings(directory=settings.check, target=settings.target, layout=layout))
+    click.echo(report.render_text())
+    if not report.is_clean_as_claimed:
+        raise SystemExit(EXIT_MISMATCH)
 
 
 @settings_command(cli, "report", ReportSettings, "eagle-offline report --run O --output-dir O/report")

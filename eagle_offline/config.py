@@ -12,13 +12,19 @@ from eagle_offline.errors import UsageError
 
 
 class Settings(BaseModel):
-    """A stage's settings. ``flags`` in a field's extra names further spellings of its command-line flag."""
+    """A stage's settings.
+
+    ``flags`` in a field's extra names further spellings of its command-line flag; a ``positional`` one is an argument.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _setting(default: Any, description: str, *, flags: tuple[str, ...] = (), **limits: Any) -> Any:
-    return Field(default, description=description, json_schema_extra={"flags": list(flags)}, **limits)
+def _setting(
+    default: Any, description: str, *, flags: tuple[str, ...] = (), positional: bool = False, **limits: Any
+) -> Any:
+    extra: dict[str, Any] = {"flags": list(flags), **({"positional": True} if positional else {})}
+    return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
 class TokenizeSettings(Settings):
@@ -120,6 +126,60 @@ class TrainSettings(Settings):
     resume: bool = _setting(False, "Go on from the latest checkpoint; safe on an empty directory.")
 
 
+class ExportSettings(Settings):
+    """A trained draft as the directories that serving engines load."""
+
+    run: Path | None = _setting(None, "Output directory of `train`, or one of its checkpoints.", positional=True)
+    check: Path | None = _setting(None, "Write nothing; check this draft directory, ours or another's.")
+    to: Literal["flat", "speculators", "both"] = _setting(
+        "both", "flat: vLLM, SGLang and the original EAGLE code; speculators: vLLM and speculators."
+    )
+    output_dir: Path | None = _setting(
+        None, "Where the directories go, each under its layout's name; default RUN/export."
+    )
+    target: str | None = _setting(
+        None, "What engines are to load as the target; default the hub id or directory it was captured from."
+    )
+    num_draft_tokens: int = _setting(5, "Tokens to draft a round, in the serve commands.", flags=("--num-steps",), gt=0)
+    dtype: Literal["bf16", "fp16", "fp32"] = _setting("bf16", "What the weights are stored in.")
+
+
+class CheckSettings(Settings):
+    """Whether engines would load a draft and read it as it was trained."""
+
+    directory: Path = _setting(..., "Draft to check, ours or another's.")
+    target: str | None = _setting(None, "Directory or hub id of the target, to check the draft against it.")
+    layout: Literal["flat", "speculators"] | None = _setting(None, "The layout it must have.")
+
+
+class EvaluateSettings(Settings):
+    """Real speculative decoding of prompts, with a draft and without."""
+
+    draft: str = _setting(..., "Run, checkpoint or exported draft; a directory or hub id.")
+    target: str = _setting(..., "Directory or hub id of the target.", flags=("--target-model",))
+    prompts: str | None = _setting(
+        None, "JSONL, JSON or Parquet of messages, turns or prompt; default sixteen general questions."
+    )
+    split: str | None = _setting(None, "Split or slice of the prompts, such as [:100].")
+    max_prompts: int | None = _setting(None, "Take no more conversations than this.", gt=0)
+    num_draft_tokens: int = _setting(5, "Tokens drafted a round.", flags=("--num-steps",), gt=0, le=64)
+    temperature: float = _setting(0.0, "0 decodes greedily.", ge=0)
+    top_p: float = _setting(1.0, "Probability mass that tokens are drawn from.", gt=0, le=1)
+    max_new_tokens: int = _setting(256, "Longest answer.", gt=0)
+    batch_size: int = _setting(8, "Prompts answered together.", gt=0)
+    seed: int = _setting(0, "Of sampled decoding.", ge=0)
+    compare_untrained: bool = _setting(False, "Decode with an untrained draft of the same shape too.")
+    any_target: bool = _setting(False, "Accept a target of the same shape with other weights than the draft's.")
+    output_dir: Path | None = _setting(None, "Write evaluation.json and a page with plots here.")
+    chat_template: Path | None = _setting(None, "Jinja file to use instead of the tokenizer's chat template.")
+    revision: str | None = _setting(None, "Revision of a hub target.")
+    trust_remote_code: bool = _setting(False, "Run code that comes with the target.")
+    device: str | None = _setting(None, "Torch device; default cuda if there is one, else cpu.")
+    compute_dtype: Literal["bf16", "fp16", "fp32"] | None = _setting(
+        None, "What target and draft run in; default the checkpoint's own, fp32 on a CPU."
+    )
+
+
 class CorpusSettings(Settings):
     """The embedded example's chat corpus, made by a generator of ours."""
 
@@ -161,6 +221,7 @@ class ReportSettings(Settings):
     run: Path = _setting(..., "Output directory of `train`.")
     output_dir: Path = _setting(..., "Where the page is written.")
     stages_file: Path | None = _setting(None, "Seconds of each stage, as `run` records them.")
+    evaluation: Path | None = _setting(None, "Output directory of `evaluate`: real decoding joins the page.")
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -14,8 +14,11 @@ from pydantic import BaseModel
 
 from eagle_offline import stages
 from eagle_offline.config import (
+    CheckSettings,
     CorpusSettings,
+    EvaluateSettings,
     ExampleTargetSettings,
+    ExportSettings,
     InspectSettings,
     PrecomputeSettings,
     ReportSettings,
@@ -53,6 +56,15 @@ def _inspect(settings: InspectSettings) -> Any:
         raise DataError(f"{settings.cache}: {description['problems'][0]}")
 
 
+def _check(settings: CheckSettings) -> Any:
+    from eagle_offline.errors import MismatchError
+
+    report = stages.check(settings)
+    print("\n".join(report.conclusions()), end="\n\n")  # noqa: T201
+    if not report.is_clean_as_claimed:
+        raise MismatchError(f"{settings.directory}: not clean; see export --check {settings.directory}")
+
+
 KINDS: dict[str, StageKind] = {
     "make-corpus": StageKind(CorpusSettings, stages.make_corpus),
     "train-target": StageKind(ExampleTargetSettings, stages.train_example_target),
@@ -61,6 +73,9 @@ KINDS: dict[str, StageKind] = {
     "precompute": StageKind(PrecomputeSettings, stages.precompute),
     "inspect-manifest": StageKind(InspectSettings, _inspect),
     "train": StageKind(TrainSettings, stages.train),
+    "export": StageKind(ExportSettings, stages.export),
+    "check": StageKind(CheckSettings, _check),
+    "evaluate": StageKind(EvaluateSettings, stages.evaluate),
     "report": StageKind(ReportSettings, stages.report),
 }
 

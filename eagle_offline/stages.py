@@ -1,15 +1,19 @@
-"""The whole story as plain calls: tokenize, capture, inspect, train, report. The command line adds nothing."""
+"""The whole story as plain calls: tokenize, capture, inspect, train, export, evaluate, report."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from eagle_offline.cache.layout import TOKENS_DIRECTORY
 from eagle_offline.config import (
+    CheckSettings,
     CorpusSettings,
+    EvaluateSettings,
     ExampleTargetSettings,
+    ExportSettings,
     PrecomputeSettings,
     ReportSettings,
     RewriteSettings,
@@ -17,13 +21,16 @@ from eagle_offline.config import (
     TrainSettings,
 )
 from eagle_offline.durable import exclusive, make_directory
-from eagle_offline.errors import StoppedEarly
+from eagle_offline.errors import StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
 from eagle_offline.status import reported_status
 
 # torch and transformers are imported by the stage that needs them: inspecting a cache needs neither.
 if TYPE_CHECKING:
+    from eagle_offline.serving.check import CheckReport
+    from eagle_offline.serving.drafts import ServedDraft
+    from eagle_offline.serving.results import Evaluation
     from eagle_offline.text.token_table import TokenProgress, TokenTable
 
 
@@ -132,6 +139,104 @@ def train(settings: TrainSettings) -> dict[str, Any]:
         return run(settings, stop)
 
 
+def load_draft(name: str, flag: str) -> ServedDraft:
+    """Return the draft of a run, of a checkpoint or of an exported directory, or one from the hub.
+
+    Raises:
+        UsageError: neither a directory nor on the hub. DataError, MismatchError: see `read_draft`.
+    """
+    from eagle_offline.serving.drafts import read_draft
+    from eagle_offline.target.load import resolve_target
+    from eagle_offline.training.logbook import METRICS_FILE, read_metrics
+    from eagle_offline.training.state import latest_checkpoint
+
+    directory = Path(name)
+    checkpoint = latest_checkpoint(directory) if directory.is_dir() else None
+    if checkpoint is None:
+        checkpoint = directory if directory.is_dir() else resolve_target(name, flag=flag).directory
+    draft = read_draft(checkpoint)
+    run = checkpoint.parent.parent
+    if draft.layout == "native" and draft.origin is not None and (run / METRICS_FILE).is_file():
+        rows = [row for row in read_metrics(run) if row["kind"] == "heldout" and row["step"] <= draft.origin.step]
+        if rows:
+            draft = replace(draft, origin=draft.origin.model_copy(update={"heldout": rows[-1]}))
+    return draft
+
+
+def export(settings: ExportSettings) -> dict[str, Any]:
+    """Write a trained draft as the directories that engines load; return what each of them is good for.
+
+    Raises:
+        EagleOfflineError: see `eagle_offline.errors`.
+    """
+    from eagle_offline.serving.export import export_draft
+    from eagle_offline.target.layout import default_aux_layer_ids
+    from eagle_offline.target.load import load_config, resolve_target
+
+    if settings.run is None or settings.check is not None:
+        raise UsageError("export: give the run to export, or --check DIR to check a draft directory, one of the two")
+    draft = load_draft(str(settings.run), "RUN")
+    origin, target = draft.origin, settings.target
+    if target is None:
+        if origin is None or "/" not in origin.target_id:
+            made_for = "" if origin is None else f" (it was captured from a directory called {origin.target_id})"
+            raise UsageError(f"--target: say which hub id or directory engines are to load as the target{made_for}")
+        target = origin.target_id
+    if origin is None or draft.aux_layer_ids is None:
+        config = load_config(resolve_target(target, flag="--target"))
+        architectures = list(config.architectures or ())
+        layer_ids = draft.aux_layer_ids or default_aux_layer_ids(config.get_text_config().num_hidden_layers)
+        draft = replace(draft, aux_layer_ids=layer_ids)
+    else:
+        architectures = [origin.target_architecture]
+    root = settings.output_dir or settings.run / "export"
+    layouts: tuple[Literal["flat", "speculators"], ...] = ("flat", "speculators")
+    if settings.to != "both":
+        layouts = (settings.to,)
+    make_directory(root)
+    return {
+        layout: export_draft(
+            draft,
+            layout,
+            root / layout,
+            target_name=target,
+            target_architectures=architectures,
+            num_draft_tokens=settings.num_draft_tokens,
+            dtype=settings.dtype,
+        )
+        for layout in layouts
+    }
+
+
+def check(settings: CheckSettings) -> CheckReport:
+    """Return, for every engine and every rule, whether a draft directory keeps it.
+
+    Raises:
+        DataError: no draft there. MismatchError: another layout than asked for.
+    """
+    from eagle_offline.serving.check import check_draft
+    from eagle_offline.target.load import resolve_target
+
+    target = None if settings.target is None else resolve_target(settings.target, flag="--target").directory
+    return check_draft(settings.directory, target=target, layout=settings.layout)
+
+
+def evaluate(settings: EvaluateSettings) -> Evaluation:
+    """Decode prompts with a draft and without; write figures and a page if asked to, and return the figures.
+
+    Raises:
+        EagleOfflineError: see `eagle_offline.errors`.
+    """
+    from eagle_offline.serving.evaluate import evaluate_draft
+
+    evaluation = evaluate_draft(settings, load_draft(settings.draft, "--draft"))
+    if settings.output_dir is not None:
+        from eagle_offline.evaluation_page import write_evaluation
+
+        write_evaluation(evaluation, settings.output_dir)
+    return evaluation
+
+
 def report(settings: ReportSettings) -> dict[str, Any]:
     """Write what a run achieved as a page with plots, print it as a table, and return it.
 
@@ -140,7 +245,7 @@ def report(settings: ReportSettings) -> dict[str, Any]:
     """
     from eagle_offline.reporting import summarize_run, write_report
 
-    summary = summarize_run(settings.run, settings.stages_file)
+    summary = summarize_run(settings.run, settings.stages_file, settings.evaluation)
     write_report(summary, settings.run, settings.output_dir)
     return summary
 

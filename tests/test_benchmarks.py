@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks import cache_size, harness, quickstart, read_speed, startup, train_step
+from benchmarks import cache_size, harness, interop, quickstart, read_speed, startup, train_step
 from benchmarks.harness import Row, read_rows
 
 
 def test_every_benchmark_is_listed_and_says_its_question():
-    for name in harness.BENCHMARKS:
+    for name in (*harness.BENCHMARKS, *harness.SEPARATE):
         module = harness.load(name)
         assert name == module.NAME
         assert module.QUESTION.strip().split("\n")[0].endswith("?")
@@ -16,7 +16,7 @@ def test_every_benchmark_is_listed_and_says_its_question():
 def test_committed_rows_follow_the_schema():
     for path in harness.RESULTS.glob("*.jsonl"):
         if not path.name.startswith("gpu_tests"):
-            assert all(row.benchmark in harness.BENCHMARKS for row in read_rows(path))
+            assert all(row.benchmark in (*harness.BENCHMARKS, *harness.SEPARATE) for row in read_rows(path))
 
 
 def test_startup_measures_what_it_says():
@@ -50,7 +50,12 @@ stages:
   - train:
       {cache: "{work}/cache", output_dir: "{work}/run", ttt_steps: 2, num_epochs: 1, heldout_share: 0.3,
        tokens_per_batch: 1024}
-  - report: {run: "{work}/run", output_dir: "{work}/report", stages_file: "{work}/stages.json"}
+  - evaluate:
+      {draft: "{work}/run", target: "{work}/target", prompts: "{work}/heldout.jsonl", max_prompts: 2,
+       max_new_tokens: 4, num_draft_tokens: 2, compare_untrained: true, output_dir: "{work}/evaluation"}
+  - report:
+      {run: "{work}/run", output_dir: "{work}/report", stages_file: "{work}/stages.json",
+       evaluation: "{work}/evaluation"}
 """
 
 
@@ -60,6 +65,17 @@ def test_quickstart_row_reads_what_a_pipeline_achieved(tmp_path):
     figures = quickstart.measure(pipeline)
     assert figures["seconds_train"] > 0
     assert 0.5 < figures["share_of_raw_states"] < 1
+    assert figures["decoded_same_as_without_draft"] == figures["decoded_answers"] > 0
+    assert figures["decoded_real_over_walked"] == 1
+
+
+def test_what_interop_compares_is_a_draft_in_both_layouts(tmp_path):
+    for name, kind in interop.DRAFTS.items():
+        case = tmp_path / name.replace(" ", "-")
+        expected = interop._write_case(kind, case)
+        assert expected.isfinite().all()
+        assert expected.abs().max() > 1
+        assert {"flat", "speculators", "target", "inputs.safetensors"} <= {path.name for path in case.iterdir()}
 
 
 def test_a_case_that_has_its_row_is_not_measured_again(tmp_path, monkeypatch):

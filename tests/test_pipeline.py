@@ -39,7 +39,7 @@ def test_the_quickstart_is_found_by_name_and_tells_the_whole_story(tmp_path):
     stages = read_pipeline(find_pipeline("quickstart"), tmp_path)
     assert [stage.name for stage in stages] == [
         "make-corpus", "train-target", "rewrite-answers", "precompute", "precompute-heldout", "inspect-manifest",
-        "train", "report",
+        "train", "export", "check-flat", "check-speculators", "evaluate", "report",
     ]  # fmt: skip
     with pytest.raises(UsageError, match="no pipeline called nothing"):
         find_pipeline("nothing")

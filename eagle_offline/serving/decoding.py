@@ -14,7 +14,6 @@ from eagle_offline.serving.cached_target import CachedTarget, TargetStep
 from eagle_offline.serving.drafting import Drafter, Settled
 from eagle_offline.serving.sampling import Sampling
 
-
 T = TypeVar("T")
 
 

@@ -63,7 +63,8 @@ class Proposal(Protocol):
             None for a chain, in which each reads all before it.
     """
 
-    token_ids: Tensor
+    @property
+    def token_ids(self) -> Tensor: ...
 
     @property
     def depths(self) -> Tensor | None: ...

@@ -98,7 +98,7 @@ def accept_losslessly(
     accepted = (uniform * q < p).long().cumprod(dim=1).sum(dim=1)
     rows = torch.arange(len(drafted), device=drafted.device)
     # After the last draft nothing was proposed, so nothing is taken off the target's distribution.
-    proposed = torch.cat([draft_probs, torch.zeros_like(draft_probs[:, :1])], dim=1)[rows, accepted]
+    proposed = torch.cat([draft_probs, torch.zeros_like(target_probs[:, :1])], dim=1)[rows, accepted]
     reached = target_probs[rows, accepted]
     residual = (reached - proposed).clamp_min(0)
     # Equal distributions leave nothing; a rejection there is a rounding error, and the target's own will do.

@@ -34,8 +34,10 @@ class TargetSource:
     trust_remote_code: bool
 
 
-def resolve_target(name: str, revision: str | None = None, trust_remote_code: bool = False) -> TargetSource:
-    """Find a target's files, fetching them from the hub when ``name`` is no directory.
+def resolve_target(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, flag: str = "--target-model"
+) -> TargetSource:
+    """Find a model's files, fetching them from the hub when ``name`` is no directory; ``flag`` is where it was given.
 
     Raises:
         UsageError: neither a directory nor a hub id that can be reached.
@@ -47,7 +49,7 @@ def resolve_target(name: str, revision: str | None = None, trust_remote_code: bo
             raise DataError(f"{name}: no config.json in this directory; expected a saved transformers model")
         return TargetSource(directory.resolve().name, directory, None, trust_remote_code)
     if directory.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UsageError(f"--target-model {name}: no such directory, and not a hub id of the form owner/name")
+        raise UsageError(f"{flag} {name}: no such directory, and not a hub id of the form owner/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -58,7 +60,7 @@ def resolve_target(name: str, revision: str | None = None, trust_remote_code: bo
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         at = f" at revision {revision}" if revision else ""
         raise UsageError(
-            f"--target-model {name}{at}: no such directory, and the hub does not give it; check the id, the network "
+            f"{flag} {name}{at}: no such directory, and the hub does not give it; check the id, the network "
             f"and access (HF_TOKEN), or pass a local directory: {one_line(error)}"
         ) from error
     return TargetSource(name, snapshot, snapshot.name, trust_remote_code)

@@ -76,14 +76,24 @@ def parse_conversation(value: Mapping[str, Any]) -> tuple[Message, ...]:
         RowProblem: `no-conversation`, `conversation-not-a-list`, `empty-conversation`, `turn-not-an-object`,
             `unknown-role`, `content-not-text`, `empty-assistant-turn` or `no-assistant-turn`.
     """
+    messages = parse_messages(value)
+    if not any(message.role == "assistant" for message in messages):
+        found = ", ".join(dict.fromkeys(message.role for message in messages))
+        raise RowProblem("no-assistant-turn", f"roles are {found}; expected at least one assistant turn")
+    return messages
+
+
+def parse_messages(value: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Return the turns of a row, whether or not the assistant has one; see `parse_conversation`.
+
+    Raises:
+        RowProblem: as `parse_conversation`, without `no-assistant-turn`.
+    """
     turns = _find_turns(value)
     messages = [_parse_turn(turn, number) for number, turn in enumerate(turns, start=1)]
     system = value.get("system")
     if isinstance(system, str) and system.strip() and messages[0].role != "system":
         messages.insert(0, Message("system", system))
-    if not any(message.role == "assistant" for message in messages):
-        found = ", ".join(dict.fromkeys(message.role for message in messages))
-        raise RowProblem("no-assistant-turn", f"roles are {found}; expected at least one assistant turn")
     return tuple(messages)
 
 

@@ -106,6 +106,17 @@ class ChatTemplate:
             loss_mask[(begins >= start) & (begins < end)] = 1
         return Encoded(input_ids, loss_mask)
 
+    def encode_prompt(self, conversation: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        """Return the token ids of a conversation up to where the assistant begins to speak.
+
+        Raises:
+            RowProblem: `template-refused`.
+            UsageError: The template is not valid Jinja.
+        """
+        messages = [message.as_template_input() for message in conversation]
+        text, _ = self._render(self._jinja(tools), messages, tools, prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     def _jinja(self, tools: list[dict[str, Any]] | None) -> str:
         """Return the template text for a conversation with or without tools."""
         try:

@@ -1,0 +1,138 @@
+"""An evaluation as a table and as a page with plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eagle_offline.durable import make_directory, write_bytes
+from eagle_offline.errors import DataError
+from eagle_offline.pages import Row, html_plot, html_table, text_facts, text_table, write_page, write_plot
+
+# Reading a report needs no torch.
+if TYPE_CHECKING:
+    from eagle_offline.serving.results import Evaluation
+
+EVALUATION_FILE = "evaluation.json"
+
+
+def read_evaluation(directory: Path) -> dict[str, Any]:
+    """Read the figures that `write_evaluation` wrote.
+
+    Raises:
+        DataError: missing or not readable.
+    """
+    path = directory / EVALUATION_FILE
+    try:
+        figures = json.loads(path.read_bytes())
+        decoding_rows(figures)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not an evaluation; write one with evaluate --output-dir {directory}") from error
+    return dict(figures)
+
+
+def decoding_rows(figures: dict[str, Any]) -> list[Row]:
+    """Return the table of drafters, its head first: what, plain decoding, each drafter."""
+    drafters, plain = figures["drafters"], figures["plain"]
+    results = list(drafters.values())
+    rows: list[Row] = [(f"real decoding, chain of {figures['num_draft_tokens']}", "no draft", *drafters)]
+    for name, label in (
+        ("accept_length", "accept length"),
+        ("walked_accept_length", "  walked"),
+        ("simulated_accept_length", "  simulated"),
+    ):
+        rows.append((label, "1.00", *(_number(result[name]) for result in results)))
+    for depth in range(figures["num_draft_tokens"]):
+        rates = (f"{result['accept_rate'][depth]:.1%}" for result in results)
+        rows.append((f"accepted at depth {depth + 1}", "", *rates))
+    rows.append(("tokens a second", *(f"{result['tokens_per_second']:.0f}" for result in (plain, *results))))
+    rows.append(("speed-up", "1.00", *(_number(result["speedup"]) for result in results)))
+    for name, label in (("prefill", "prompts, s"), ("draft", "drafting, s"), ("verify", "verifying, s")):
+        rows.append((label, *(f"{result[f'{name}_seconds']:.2f}" for result in (plain, *results))))
+    return rows
+
+
+def task_rows(figures: dict[str, Any]) -> list[Row]:
+    """Return accept length by kind of prompt for the draft in question, its head first."""
+    result = next(iter(figures["drafters"].values()))
+    rows: list[Row] = [("task", "answers", "rounds", "accept length", "walked", "simulated")]
+    for task, found in result["tasks"].items():
+        lengths = (found[f"{name}accept_length"] for name in ("", "walked_", "simulated_"))
+        rows.append((task, str(found["num_answers"]), str(found["num_rounds"]), *map(_number, lengths)))
+    return rows
+
+
+def facts(figures: dict[str, Any]) -> list[Row]:
+    """Return what was decoded and how, one line each."""
+    temperature, top_p = figures["temperature"], figures["top_p"]
+    rows: list[Row] = [
+        ("draft", figures["draft"]),
+        ("target", figures["target"]),
+        ("prompts", f"{figures['prompts']}: {figures['num_answers']} answers, {figures['batch_size']} at once"),
+        ("decoding", f"temperature {temperature}, top-p {top_p}" if temperature else "greedy"),
+    ]
+    if figures["num_identical"] is not None:
+        rows.append(("same as without draft", f"{figures['num_identical']} of {figures['num_answers']} answers"))
+    if figures["num_left_out"]:
+        rows.append(("left out", f"{figures['num_left_out']} prompts, longer than the target takes"))
+    return rows
+
+
+def render_text(evaluation: Evaluation) -> str:
+    """Return the tables for the terminal."""
+    figures = evaluation.model_dump(mode="json")
+    lines = text_facts(facts(figures))
+    lines += ["", *text_table(decoding_rows(figures)), "", *text_table(task_rows(figures))]
+    return "\n".join(lines)
+
+
+def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
+    """Write ``evaluation.json``, ``evaluation.html`` and its plot."""
+    figures = evaluation.model_dump(mode="json")
+    make_directory(directory)
+    write_bytes(directory / EVALUATION_FILE, (json.dumps(figures, indent=2) + "\n").encode())
+    plot = plot_decoding(figures, directory)
+    sections = [
+        ("Real decoding", html_table([("", ""), *facts(figures)]) + html_table(decoding_rows(figures))),
+        ("By depth, by task, by time", html_plot(plot) + html_table(task_rows(figures))),
+    ]
+    write_page(directory / "evaluation.html", figures["draft"], sections)
+
+
+def plot_decoding(figures: dict[str, Any], directory: Path) -> str | None:
+    """Write ``decoding.png`` and return its name: acceptance by depth, accept length by task, time a token."""
+    drafters = figures["drafters"]
+    first = next(iter(drafters.values()))
+
+    def paint(axes: Sequence[Any]) -> None:
+        depth, task, time = axes
+        depths = range(1, figures["num_draft_tokens"] + 1)
+        for name, result in drafters.items():
+            depth.plot(depths, result["accept_rate"], label=name, marker="o")
+        depth.set(title="rounds that accepted the draft", xlabel="depth", ylim=(0, 1), xticks=list(depths))
+        tasks = first["tasks"]
+        places = range(len(tasks))
+        for offset, (key, label) in enumerate((("accept_length", "real"), ("walked_accept_length", "walked"))):
+            lengths = [found[key] or 0 for found in tasks.values()]
+            task.barh([place + 0.4 * offset for place in places], lengths, height=0.4, label=label)
+        widest = figures["num_draft_tokens"] + 2
+        task.set(title="accept length", xlabel="tokens a round", yticks=list(places), yticklabels=list(tasks))
+        task.set(xlim=(0, widest))  # room for the legend
+        bottom = [0.0] * (len(drafters) + 1)
+        names = ["no draft", *drafters]
+        for phase in ("draft", "verify"):
+            shares = [
+                1e3 * result[f"{phase}_seconds"] / max(result["num_tokens"], 1)
+                for result in (figures["plain"], *drafters.values())
+            ]
+            time.bar(names, shares, bottom=bottom, label=phase)
+            bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
+        time.set(title="time a token", ylabel="ms")
+
+    return write_plot(directory / "decoding.png", 3, paint)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

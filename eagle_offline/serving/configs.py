@@ -1,0 +1,131 @@
+"""What a draft directory's config says, whichever layout it is in, read once and checked for type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eagle_offline.draft.eagle3 import Eagle3DraftConfig
+from eagle_offline.errors import DataError, MismatchError
+from eagle_offline.serving.layouts import AUX_IDS_FIELD, outputs_of
+from eagle_offline.serving.tensor_files import CONFIG_FILE, read_json
+
+DraftLayout = Literal["native", "flat", "speculators"]
+
+# More rows than any vocabulary has, by far; a larger number is damage, and would ask for as much memory.
+MAX_VOCAB_SIZE = 1 << 24
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A draft's ``config.json``.
+
+    Attributes:
+        directory: where it lies.
+        layout: which of the three it is.
+        content: all of it.
+        fields: its Llama fields: the content itself, or the nested ``transformer_layer_config``.
+    """
+
+    directory: Path
+    layout: DraftLayout
+    content: dict[str, Any]
+    fields: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        return self.directory / CONFIG_FILE
+
+    def integer(self, name: str, default: int | None = None, *, nested: bool = True) -> int:
+        """Return a positive integer of the Llama fields, or of the top level.
+
+        Raises:
+            DataError: missing without a default, or not a positive integer.
+        """
+        value = (self.fields if nested else self.content).get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise DataError(f"{self.path}: {name}: expected a positive integer, found {value!r}")
+        return value
+
+    def flag(self, name: str) -> bool:
+        """Return whether a switch is on, at top level or under ``eagle_config``."""
+        return bool(self.eagle_config.get(name, self.content.get(name, False)))
+
+    @property
+    def eagle_config(self) -> dict[str, Any]:
+        """The ``eagle_config`` object; empty when there is none."""
+        value = self.content.get("eagle_config")
+        return value if isinstance(value, dict) else {}
+
+    def layer_ids(self, *, nested: bool) -> list[int] | None:
+        """Return the aux layer ids as written: layers executed at top level, 0-based outputs in ``eagle_config``.
+
+        Raises:
+            DataError: not a list of integers.
+        """
+        value = (self.eagle_config if nested else self.content).get(AUX_IDS_FIELD)
+        if value is None or value == []:
+            return None
+        if not isinstance(value, list) or not all(type(layer_id) is int for layer_id in value):
+            raise DataError(f"{self.path}: {AUX_IDS_FIELD}: expected a list of integers, found {value!r}")
+        return value
+
+    @property
+    def vocab_size(self) -> int:
+        """``V``.
+
+        Raises:
+            DataError: no integer, or absurd.
+        """
+        size = self.integer("vocab_size")
+        if size > MAX_VOCAB_SIZE:
+            raise DataError(f"{self.path}: vocab_size {size} is not the size of a vocabulary")
+        return size
+
+    @property
+    def target_hidden_size(self) -> int:
+        """Width of the target's states, the draft's own when the config does not say."""
+        return self.integer("target_hidden_size", self.integer("hidden_size"), nested=False)
+
+
+def read_config(directory: Path) -> ConfigFile:
+    """Read a draft's config and tell its layout.
+
+    Raises:
+        DataError: no config, or one that is not a draft's.
+    """
+    content = read_json(directory / CONFIG_FILE)
+    path = directory / CONFIG_FILE
+    if content.get("model_type") == Eagle3DraftConfig.model_type:
+        return ConfigFile(directory, "native", content, content)
+    if "speculators_model_type" in content:
+        nested = content.get("transformer_layer_config")
+        if not isinstance(nested, dict):
+            raise DataError(f"{path}: transformer_layer_config is missing or not an object")
+        return ConfigFile(directory, "speculators", content, nested)
+    architectures = content.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    if "draft_vocab_size" in content or "eagle_config" in content or any("eagle3" in str(n).lower() for n in names):
+        return ConfigFile(directory, "flat", content, content)
+    raise DataError(
+        f"{path}: not a draft's config: expected model_type {Eagle3DraftConfig.model_type}, speculators_model_type, "
+        f"or draft_vocab_size; found model_type {content.get('model_type')!r}"
+    )
+
+
+def aux_layer_ids_of(config: ConfigFile) -> list[int] | None:
+    """Return the aux layer ids as 0-based outputs, None when the config does not say.
+
+    Raises:
+        DataError: not lists of integers.
+        MismatchError: the two conventions disagree.
+    """
+    executed, outputs = config.layer_ids(nested=False), config.layer_ids(nested=True)
+    if executed is not None and outputs is not None and outputs_of(executed) != outputs:
+        raise MismatchError(
+            f"{config.path}: {AUX_IDS_FIELD} {executed} (layers executed) means outputs {outputs_of(executed)}, but "
+            f"eagle_config says {outputs}: correct the one that is wrong"
+        )
+    return outputs if executed is None else outputs_of(executed)

@@ -1,0 +1,77 @@
+"""From settings to figures: loads target, draft and prompts, checks that they fit, and decodes."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from eagle_offline.config import EvaluateSettings
+from eagle_offline.devices import resolve_device
+from eagle_offline.progress import Progress
+from eagle_offline.provenance import describe_environment
+from eagle_offline.serving.decoding import Limits
+from eagle_offline.serving.drafts import ServedDraft
+from eagle_offline.serving.evaluation import EvaluationPlan, Evaluator
+from eagle_offline.serving.pairing import check_belongs, pair
+from eagle_offline.serving.prompts import default_prompts, read_prompts
+from eagle_offline.serving.results import Evaluation
+from eagle_offline.serving.sampling import Sampling
+from eagle_offline.target.load import load_model, load_tokenizer, resolve_target
+from eagle_offline.text.templates import ChatTemplate
+
+TRAINED, UNTRAINED = "trained", "untrained"
+
+# Where a target does not say how far its positions reach.
+_UNBOUNDED_TOKENS = 1 << 20
+
+
+def evaluate_draft(settings: EvaluateSettings, draft: ServedDraft) -> Evaluation:
+    """Return what a draft is worth beside its target.
+
+    Raises:
+        EagleOfflineError: target, draft or prompts that cannot be read, or that do not belong together.
+    """
+    sampling = Sampling(settings.temperature, settings.top_p)
+    source = resolve_target(settings.target, settings.revision, settings.trust_remote_code, flag="--target")
+    check_belongs(draft, settings.draft, source, any_checkpoint=settings.any_target)
+    template = ChatTemplate(load_tokenizer(source, settings.chat_template))
+    if settings.prompts is None:
+        conversations = default_prompts()[: settings.max_prompts]
+    else:
+        conversations = read_prompts(settings.prompts, split=settings.split, limit=settings.max_prompts)
+    device = resolve_device(settings.device)
+    model = load_model(source, device, settings.compute_dtype)
+    both = pair(draft, model)
+    drafts = {TRAINED: both.draft}
+    if settings.compare_untrained:
+        drafts[UNTRAINED] = both.untrained()
+    plan = EvaluationPlan(
+        num_draft_tokens=settings.num_draft_tokens,
+        limits=Limits(settings.max_new_tokens, stop_token_ids(model, template.tokenizer)),
+        sampling=sampling,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        max_tokens=_max_tokens(model),
+    )
+    num_turns = sum(len(conversation.turns) for conversation in conversations)
+    with Progress("evaluate", num_turns, unit="answers") as progress:
+        evaluation = Evaluator(both, template, drafts, plan).run(conversations, progress.reach)
+    return evaluation.model_copy(
+        update={
+            "draft": settings.draft,
+            "target": settings.target,
+            "prompts": settings.prompts or "built in",
+            "environment": describe_environment(device),
+        }
+    )
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Return the tokens that end an answer: the generation config's and the tokenizer's end-of-sequence tokens."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = found if isinstance(found, list) else [found]
+    return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
+
+
+def _max_tokens(model: Any) -> int:
+    config = cast(Any, model).config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED_TOKENS)

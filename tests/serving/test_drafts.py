@@ -1,0 +1,257 @@
+"""Drafts of any layout are read whole, or refused in one line that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from eagle_offline.draft.files import write_draft
+from eagle_offline.errors import DataError, EagleOfflineError, MismatchError
+from eagle_offline.serving.check import check_draft
+from eagle_offline.serving.drafts import detect_layout, read_draft
+from tests.serving.directories import (
+    AUX_IDS,
+    HIDDEN_SIZE,
+    KINDS,
+    LAYOUTS,
+    OUTPUTS,
+    SELECTED,
+    VOCAB_SIZE,
+    flat,
+    make_model,
+    make_origin,
+    speculators,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path, kind):
+    model, origin = make_model(KINDS[kind]), make_origin(KINDS[kind])
+    write_draft(tmp_path, model, torch.tensor(KINDS[kind].selected), origin)
+    draft = read_draft(tmp_path)
+    assert (draft.layout, draft.has_embeddings, draft.origin) == ("native", True, origin)
+    assert draft.aux_layer_ids == KINDS[kind].outputs
+    assert draft.selected_token_ids.tolist() == KINDS[kind].selected
+    assert_same_weights(draft.model, model)
+    assert not draft.model.training
+    assert draft.model.config.rope_parameters == model.config.rope_parameters
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_foreign_draft_is_read(tmp_path, layout):
+    draft = read_draft(LAYOUTS[layout]().write(tmp_path))
+    assert (draft.layout, draft.has_embeddings, draft.origin, draft.aux_layer_ids) == (layout, False, None, OUTPUTS)
+    assert draft.selected_token_ids.tolist() == SELECTED
+    assert_same_weights(draft.model, make_model(), without=("embed_tokens.weight",))
+    assert not draft.model.embed_tokens.weight.any()
+    assert detect_layout(tmp_path) == layout
+
+
+def test_a_directory_without_aux_ids_or_t2d_says_so(tmp_path):
+    made = flat()
+    del made.config[AUX_IDS], made.config["eagle_config"], made.tensors["t2d"]
+    assert read_draft(made.write(tmp_path)).aux_layer_ids is None
+
+
+def test_top_level_ids_alone_are_layers_executed(tmp_path):
+    made = flat()
+    del made.config["eagle_config"]
+    assert read_draft(made.write(tmp_path)).aux_layer_ids == OUTPUTS
+
+
+def test_unordered_ids_are_put_in_order_with_their_rows(tmp_path):
+    made = flat()
+    order = torch.tensor([3, 1, 0, 2, 9, 8, 7, 6, 5, 4])
+    made.tensors["lm_head.weight"] = made.tensors["lm_head.weight"][order]
+    made.tensors["d2t"] = torch.tensor(SELECTED)[order] - torch.arange(10)
+    draft = read_draft(made.write(tmp_path))
+    assert draft.selected_token_ids.tolist() == SELECTED
+    assert torch.equal(draft.model.lm_head.weight, make_model().lm_head.weight)
+
+
+def test_several_files_with_an_index_are_one_draft(tmp_path):
+    made = flat().write(tmp_path)
+    tensors = flat().tensors
+    names = sorted(tensors)
+    (made / "model.safetensors").unlink()
+    places = {name: f"model-{index % 2}.safetensors" for index, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name in names if places[name] == file}, made / file)
+    (made / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert_same_weights(read_draft(made).model, make_model(), without=("embed_tokens.weight",))
+    (made / "model-1.safetensors").unlink()
+    refused(made, DataError, "model-1.safetensors")
+
+
+def test_dtype_is_the_one_stored(tmp_path):
+    made = flat()
+    made.tensors = {n: t.to(torch.float16) if t.is_floating_point() else t for n, t in made.tensors.items()}
+    assert read_draft(made.write(tmp_path)).model.lm_head.weight.dtype == torch.float16
+
+
+def test_a_pickle_is_not_opened_and_the_way_out_is_named(tmp_path):
+    made = flat().write(tmp_path)
+    (made / "model.safetensors").rename(made / "pytorch_model.bin")
+    refused(made, DataError, "pytorch_model.bin.*pickle.*save_file")
+
+
+def test_what_is_no_draft_is_refused(tmp_path):
+    refused(tmp_path / "absent", DataError, "not a draft directory")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    refused(tmp_path, DataError, "not a draft's config")
+
+
+def drop(name):
+    return lambda made: made.tensors.pop(name)
+
+
+def put(name, tensor):
+    return lambda made: made.tensors.__setitem__(name, tensor)
+
+
+def write(name, value):
+    return lambda made: made.config.__setitem__(name, value)
+
+
+def prefix(made):
+    made.tensors = {f"model.{name}": tensor for name, tensor in made.tensors.items() if name != "fc.weight"} | {
+        "fc.weight": made.tensors["fc.weight"]
+    }
+
+
+REFUSED = {
+    "missing norm": (drop("norm.weight"), DataError, "missing tensors: norm.weight"),
+    "missing fc": (drop("fc.weight"), DataError, "fc.weight"),
+    "missing d2t": (drop("d2t"), DataError, "d2t is missing"),
+    "prefix": (prefix, DataError, "must not begin with"),
+    "shape": (put("midlayer.mlp.up_proj.weight", torch.zeros(3, HIDDEN_SIZE)), DataError, "up_proj.*shape"),
+    "rows of the head": (put("lm_head.weight", torch.zeros(9, HIDDEN_SIZE)), MismatchError, "draft_vocab_size"),
+    "absolute ids": (put("d2t", torch.tensor(SELECTED)), MismatchError, "outside a vocabulary"),
+    "t2d": (put("t2d", torch.zeros(VOCAB_SIZE, dtype=torch.bool)), MismatchError, "t2d"),
+    "twice": (
+        lambda made: (put("d2t", torch.zeros(10, dtype=torch.int64) - torch.arange(10))(made), drop("t2d")(made)),
+        MismatchError,
+        "twice",
+    ),
+    "ids disagree": (write(AUX_IDS, OUTPUTS), MismatchError, "layers executed"),
+    "too many ids": (
+        lambda made: (write(AUX_IDS, [2, 3, 4, 5])(made), write("eagle_config", {})(made)),
+        MismatchError,
+        "4 aux layers",
+    ),
+    "num aux": (write("num_aux_hidden_states", 2), MismatchError, "num_aux_hidden_states 2"),
+    "fc width": (put("fc.weight", torch.zeros(HIDDEN_SIZE, 47)), MismatchError, "47"),
+    "attention bias": (write("attention_bias", True), MismatchError, "attention_bias"),
+    "q norm": (put("midlayer.self_attn.q_norm.weight", torch.ones(4)), MismatchError, "q/k norm"),
+    "qwen3": (write("model_type", "qwen3"), MismatchError, "qwen3"),
+    "norm before residual": (write("norm_before_residual", True), MismatchError, "norm_before_residual"),
+    "norm before fc": (write("norm_before_fc", True), MismatchError, "norm_before_fc"),
+    "parallel": (put("mask_hidden", torch.zeros(1, 1, 48)), MismatchError, "P-EAGLE"),
+    "unknown tensor": (put("adapter.weight", torch.zeros(2)), MismatchError, "adapter.weight"),
+    "unknown rope": (write("rope_scaling", {"rope_type": "nonsense", "factor": 2.0}), MismatchError, "config"),
+    "activation": (write("hidden_act", "nonsense"), MismatchError, "hidden_act"),
+    "no size": (write("hidden_size", "wide"), DataError, "hidden_size.*positive integer"),
+    "absurd vocabulary": (write("vocab_size", 10**12), DataError, "vocab_size"),
+    "absurd layers": (write("num_hidden_layers", 10**12), DataError, "num_hidden_layers"),
+    "heads": (write("num_key_value_heads", 3), MismatchError, "heads"),
+    "logit scale": (write("logit_scale", 0.5), MismatchError, "logits"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_fit_is_named(tmp_path, name):
+    change, error, pattern = REFUSED[name]
+    made = flat()
+    change(made)
+    refused(made.write(tmp_path), error, pattern)
+
+
+def test_further_layers_that_engines_read_differently_are_refused(tmp_path):
+    made = flat(KINDS["two_layers"])
+    made.tensors["layers.1.hidden_norm.weight"] += 1
+    refused(made.write(tmp_path), MismatchError, "differ")
+
+
+def test_origin_and_config_must_name_the_same_layers(tmp_path):
+    made = flat()
+    made.origin = make_origin(aux_layer_ids=[0, 3, 4]).model_dump()
+    refused(made.write(tmp_path), MismatchError, "origin.json")
+
+
+JUNK = [None, True, 0, -1, 3, 10**30, 1.5, float("nan"), "", "x", [], [None], [1, "a"], {}, {"a": 1}]
+
+
+def test_changed_configs_never_end_in_a_traceback(tmp_path):
+    rng = random.Random(0)
+    for layout, make in LAYOUTS.items():
+        directory = make().write(tmp_path / layout)
+        for _ in range(150):
+            made = make()
+            places = [made.config, made.fields]
+            places += [part for part in (made.config.get("eagle_config"), made.fields["rope_parameters"]) if part]
+            place = rng.choice(places)
+            key = rng.choice(sorted(place))
+            if rng.random() < 0.3:
+                del place[key]
+            else:
+                place[key] = rng.choice(JUNK)
+            (directory / "config.json").write_text(json.dumps(made.config))
+            survives(directory)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "origin.json"])
+def test_damaged_files_never_end_in_a_traceback(tmp_path, file):
+    made = flat()
+    made.origin = make_origin().model_dump()
+    path = made.write(tmp_path) / file
+    content, rng = path.read_bytes(), random.Random(1)
+    for trial in range(60):
+        damaged = bytearray(content)
+        if trial % 3 == 0:
+            damaged = damaged[: rng.randrange(len(damaged))]
+        elif trial % 3 == 1:
+            damaged = bytearray(rng.randbytes(rng.randrange(200)))
+        else:
+            for _ in range(4):
+                damaged[rng.randrange(min(len(damaged), 2000))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        survives(tmp_path)
+
+
+def test_deeply_nested_json_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    refused(tmp_path, DataError, "cannot be read")
+
+
+def survives(directory):
+    for read in (read_draft, check_draft):
+        try:
+            read(directory)
+        except EagleOfflineError as error:
+            assert "\n" not in str(error)
+
+
+def refused(directory, error, pattern):
+    with pytest.raises(error) as raised:
+        read_draft(directory)
+    assert re.search(pattern, str(raised.value)), raised.value
+    assert "\n" not in str(raised.value)
+
+
+def assert_same_weights(ours, expected, without=()):
+    theirs = expected.state_dict()
+    assert ours.state_dict().keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        if name not in without:
+            assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+def test_speculators_reader_takes_the_nested_fields(tmp_path):
+    made = speculators()
+    made.fields["rms_norm_eps"] = 1e-3
+    assert read_draft(made.write(tmp_path)).model.config.rms_norm_eps == 1e-3

@@ -1,0 +1,189 @@
+"""`evaluate`: what it counts is what was decoded, and what does not belong together is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from eagle_offline.config import EvaluateSettings
+from eagle_offline.serving.results import Evaluation
+from eagle_offline.stages import evaluate
+from tests.builders import CHATML, SCRATCH, run_cli, save_target, shared_target, write_jsonl
+from tests.training.caches import latest, settings, train
+
+QUESTIONS = [
+    {"task": "colours", "turns": ["red or green?", "and blue?"]},
+    {"task": "sums", "prompt": "one two three"},
+    {"task": "colours", "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "blue"}]},
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run that learned a little."""
+    directory = tmp_path_factory.mktemp("evaluated") / "run"
+    train(settings(directory, num_epochs=2))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def questions() -> Path:
+    return write_jsonl(SCRATCH / "questions.jsonl", QUESTIONS)
+
+
+@pytest.fixture(scope="module")
+def found(run, questions, tmp_path_factory) -> tuple[Evaluation, Path]:
+    page = tmp_path_factory.mktemp("evaluation")
+    return evaluate(chosen(run, questions, compare_untrained=True, output_dir=page)), page
+
+
+def chosen(run: Path, questions: Path, **changes: object) -> EvaluateSettings:
+    values = {
+        "draft": str(run), "target": str(shared_target()), "prompts": str(questions), "num_draft_tokens": 3,
+        "max_new_tokens": 12, "batch_size": 2, "device": "cpu",
+    }  # fmt: skip
+    return EvaluateSettings(**{**values, **changes})
+
+
+def command(run: Path, questions: Path, *more: object):
+    return run_cli(
+        "evaluate", "--draft", run, "--target", shared_target(), "--prompts", questions, "--max-new-tokens", 6, *more
+    )
+
+
+def one_error(ended) -> str:
+    lines = [line for line in ended.err.splitlines() if not line.startswith("evaluate:")]
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_greedy_answers_are_those_without_a_draft(found):
+    evaluation, _ = found
+    assert evaluation.num_answers >= 3
+    assert evaluation.num_identical == evaluation.num_answers
+    assert {result.num_tokens for result in evaluation.drafters.values()} == {evaluation.plain.num_tokens}
+
+
+def test_real_accept_length_is_the_walked_one(found):
+    for result in found[0].drafters.values():
+        assert result.accept_length == pytest.approx(result.walked_accept_length, abs=1e-9)
+        for task in result.tasks.values():
+            assert task.accept_length == pytest.approx(task.walked_accept_length, abs=1e-9)
+
+
+def test_figures_add_up(found):
+    evaluation, _ = found
+    for result in evaluation.drafters.values():
+        assert result.accept_length == pytest.approx(1 + sum(result.accept_rate))
+        assert sum(task.num_rounds for task in result.tasks.values()) == result.num_rounds
+        assert sum(task.num_tokens for task in result.tasks.values()) == result.num_tokens
+        assert sum(task.num_answers for task in result.tasks.values()) == evaluation.num_answers
+        products = torch.tensor(result.conditional_accept_rate).cumprod(0)
+        assert products.tolist() == pytest.approx(result.accept_rate)
+        assert result.speedup == pytest.approx(result.tokens_per_second / evaluation.plain.tokens_per_second)
+    assert set(evaluation.drafters["trained"].tasks) == {"colours", "sums"}
+    assert list(evaluation.drafters) == ["trained", "untrained"]
+
+
+def test_the_page_and_its_figures_are_on_disk(found):
+    evaluation, directory = found
+    assert Evaluation.model_validate_json((directory / "evaluation.json").read_bytes()) == evaluation
+    page = (directory / "evaluation.html").read_text()
+    assert re.findall(r'<img src="([^"]+)"', page) == ["decoding.png"]
+    assert (directory / "decoding.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{evaluation.drafters['trained'].accept_length:.2f}" in page
+
+
+def test_a_report_shows_real_decoding_when_it_is_given(run, found, tmp_path):
+    ended = run_cli("report", "--run", run, "--output-dir", tmp_path, "--evaluation", found[1])
+    assert ended.code == 0, ended.err
+    assert "real decoding, chain of 3" in ended.out
+    assert json.loads((tmp_path / "report.json").read_text())["evaluation"]["num_draft_tokens"] == 3
+    assert set(re.findall(r'<img src="([^"]+)"', (tmp_path / "report.html").read_text())) == {
+        "decoding.png", "curves.png"
+    }  # fmt: skip
+    assert (tmp_path / "decoding.png").is_file()
+    assert run_cli("report", "--run", run, "--output-dir", tmp_path, "--evaluation", tmp_path / "none").code == 4
+
+
+def test_sampled_decoding_is_a_function_of_its_seed(run, questions):
+    one, same, other = (
+        evaluate(chosen(run, questions, temperature=1.0, top_p=0.9, seed=seed)).drafters["trained"] for seed in (1, 1, 2)
+    )
+    assert (one.num_tokens, one.num_rounds, one.accept_rate) == (same.num_tokens, same.num_rounds, same.accept_rate)
+    assert (one.num_rounds, one.accept_rate) != (other.num_rounds, other.accept_rate)
+
+
+def test_the_command_prints_the_tables(run, questions):
+    ended = command(run, questions, "--max-prompts", 1)
+    assert ended.code == 0, ended.err
+    for line in ("accept length", "walked", "simulated", "accepted at depth 5", "speed-up", "drafting, s", "colours"):
+        assert line in ended.out
+    assert "sums" not in ended.out
+
+
+def test_a_checkpoint_and_both_exports_decode_as_the_run_does(run, questions, found, tmp_path):
+    ended = run_cli("export", run, "--target", shared_target(), "--output-dir", tmp_path / "out", "--dtype", "fp32")
+    assert ended.code == 0, ended.err
+    for draft in (latest(run), tmp_path / "out" / "flat", tmp_path / "out" / "speculators"):
+        again = evaluate(chosen(draft, questions)).drafters["trained"]
+        assert again.accept_rate == found[0].drafters["trained"].accept_rate, draft
+
+
+def changed_target(directory: Path, **changes: object) -> Path:
+    return save_target(directory, template=CHATML, **changes)
+
+
+def test_a_draft_of_another_target_is_refused_in_one_line(run, questions, tmp_path):
+    same_shape = changed_target(tmp_path / "weights", seed=7)
+    for target, said in (
+        (changed_target(tmp_path / "wide", hidden_size=48), "hidden size"),
+        (changed_target(tmp_path / "vocabulary", vocab_size=300), "vocabulary size"),
+        (changed_target(tmp_path / "deep", num_hidden_layers=9), "number of layers"),
+        (same_shape, "digest"),
+    ):
+        ended = run_cli("evaluate", "--draft", run, "--target", target, "--prompts", questions)
+        assert ended.code == 3, ended.err
+        assert said in one_error(ended)
+    ended = run_cli("evaluate", "--draft", run, "--target", same_shape, "--prompts", questions, "--any-target",
+                    "--max-new-tokens", 3)  # fmt: skip
+    assert ended.code == 0, ended.err
+
+
+def test_bad_input_gives_one_line_and_its_code(run, questions, tmp_path):
+    torn = Path(shutil.copytree(latest(run), tmp_path / "torn"))
+    content = (torn / "model.safetensors").read_bytes()
+    (torn / "model.safetensors").write_bytes(content[: len(content) // 2])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    no_question = write_jsonl(tmp_path / "bad.jsonl", [{"text": "?"}])
+    cases = [
+        (("--draft", torn, "--target", shared_target()), 4),
+        (("--draft", empty, "--target", shared_target()), 4),
+        (("--draft", tmp_path / "nowhere", "--target", shared_target()), 2),
+        (("--draft", run, "--target", tmp_path / "nowhere"), 2),
+        (("--draft", run, "--target", empty), 4),
+        (("--draft", run, "--target", shared_target(), "--prompts", no_question), 4),
+        (("--draft", run, "--target", shared_target(), "--top-p", 0), 2),
+        (("--draft", run, "--target", shared_target(), "--temperature", -1), 2),
+        (("--draft", run), 2),
+    ]
+    for arguments, code in cases:
+        ended = run_cli("evaluate", *arguments)
+        assert ended.code == code, (arguments, ended.err)
+        one_error(ended)
+
+
+def test_prompts_longer_than_the_target_takes_are_left_out_and_counted(run, tmp_path):
+    rows = [{"prompt": "red " * 2000}, {"prompt": "blue"}]
+    questions = write_jsonl(tmp_path / "long.jsonl", rows)
+    assert evaluate(chosen(run, questions)).num_left_out == 1
+    ended = command(run, write_jsonl(tmp_path / "all.jsonl", rows[:1]))
+    assert ended.code == 4
+    assert "longer than the target takes" in one_error(ended)
