@@ -16,6 +16,7 @@ from eagle_offline import config
 from eagle_offline.cache.layout import CommitRecord, FieldLayout
 from eagle_offline.cache.manifest import Manifest
 from eagle_offline.draft.origin import DraftOrigin
+from eagle_offline.serving.results import Evaluation
 from eagle_offline.text.token_table import TokenTableMeta
 from eagle_offline.training.logbook import MetricsRow
 
@@ -26,9 +27,12 @@ _RECORDS: dict[str, type[BaseModel]] = {
     "token-table": TokenTableMeta,
     "metrics-row": MetricsRow,
     "draft-origin": DraftOrigin,
+    "evaluation": Evaluation,
     "tokenize-settings": config.TokenizeSettings,
     "precompute-settings": config.PrecomputeSettings,
     "train-settings": config.TrainSettings,
+    "export-settings": config.ExportSettings,
+    "evaluate-settings": config.EvaluateSettings,
 }
 
 

@@ -65,7 +65,7 @@ def export_draft(
         SpaceError: no room left.
     """
     _check_request(draft, layout, output_dir, dtype, num_draft_tokens)
-    include_embeddings = carries_embeddings(draft)
+    include_embeddings = carries_embeddings(draft, layout)
     assert draft.aux_layer_ids is not None
     if layout == "flat":
         config, tensors = flat_layout(
@@ -99,14 +99,21 @@ def export_draft(
     }
 
 
-def carries_embeddings(draft: ServedDraft) -> bool:
-    """Return whether an export holds the draft's embeddings; engines share the target's where they are the same."""
+def carries_embeddings(draft: ServedDraft, layout: ExportLayout) -> bool:
+    """Return whether an export holds the draft's embeddings.
+
+    Engines share the target's where they are the same; speculators leaves absent ones unset (`embeddings-written`).
+    """
+    if layout == "speculators" and draft.has_embeddings:
+        return True
     if draft.model.config.target_hidden_size != draft.model.config.hidden_size:
         return True
     return draft.has_embeddings if draft.origin is None else draft.origin.embeddings_trained
 
 
-def _check_request(draft: ServedDraft, layout: str, output_dir: Path, dtype: str, num_draft_tokens: int) -> None:
+def _check_request(
+    draft: ServedDraft, layout: ExportLayout, output_dir: Path, dtype: str, num_draft_tokens: int
+) -> None:
     if layout not in ("flat", "speculators"):
         raise UsageError(f"layout {layout!r}: expected flat or speculators")
     if dtype not in DTYPES:
@@ -120,7 +127,7 @@ def _check_request(draft: ServedDraft, layout: str, output_dir: Path, dtype: str
             f"a draft of width {draft.model.config.hidden_size} for a target of width "
             f"{draft.model.config.target_hidden_size} fits no speculators config: export it with --layout flat"
         )
-    if carries_embeddings(draft) and not draft.has_embeddings:
+    if carries_embeddings(draft, layout) and not draft.has_embeddings:
         raise MismatchError("this draft trained its own embeddings, and they are not in its directory")
     if output_dir.is_symlink() or (output_dir.exists() and not output_dir.is_dir()):
         raise MismatchError(f"{output_dir}: something other than a directory is there: choose another --output-dir")

@@ -9,6 +9,7 @@ This module knows no files; what each engine makes of a layout is said in `eagle
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any, Final, Literal
 
 import torch
@@ -190,7 +191,8 @@ def draft_config(fields: Mapping[str, Any], **changes: Any) -> Eagle3DraftConfig
         Exception: whatever transformers raises for values it does not take.
     """
     names = (*_LLAMA_FIELDS, "head_dim", "rope_parameters", "rope_theta", "rope_scaling")
-    given = {name: fields[name] for name in names if fields.get(name) is not None}
+    # A copy: transformers completes RoPE dicts in place.
+    given = {name: deepcopy(fields[name]) for name in names if fields.get(name) is not None}
     return Eagle3DraftConfig(**{"num_hidden_layers": 1, **given, **changes, "tie_word_embeddings": False})
 
 

@@ -314,6 +314,12 @@ RULES: Final[tuple[Rule, ...]] = (
         _all("silent"),
     ),
     Rule(
+        "embeddings-written",
+        "A speculators directory has `embed_tokens`: speculators takes the target's only where it finds NaN, and "
+        "transformers 5 leaves an absent weight unset, at whatever the memory held.",
+        {"vllm": "ignored", "speculators": "silent"},
+    ),
+    Rule(
         "rope-spellings",
         "`rope_parameters` and top-level `rope_theta`/`rope_scaling` say the same: `rope_scaling` wins where both are "
         "read, and the original code reads the base at top level only, 10000 without it.",

@@ -14,12 +14,14 @@ from eagle_offline.serving.layouts import (
     HEAD_TENSOR,
     MEMBERS_TENSOR,
     OFFSETS_TENSOR,
+    parameter_name,
 )
 from eagle_offline.serving.subject import Subject
 from eagle_offline.serving.tensor_files import DTYPES, FLOAT_DTYPES
 
 _INPUT_NORM = "input_norm.weight"
 _FC_NORM = "fc_norm."
+_PREFIX = "model."
 # Tensors with rules of their own.
 _RULED = (OFFSETS_TENSOR, MEMBERS_TENSOR, "mask_hidden", _INPUT_NORM)
 _RULED_SUFFIXES = (".bias", "q_norm.weight", "k_norm.weight", "rotary_emb.inv_freq")
@@ -45,7 +47,8 @@ def _tensors_complete(subject: Subject) -> Iterator[Finding]:
         for name in subject.shapes
         if name not in subject.stored and name not in optional and not name.startswith(_FC_NORM)
     ]
-    prefixed = bool(missing) and all(f"model.{name}" in subject.files.headers for name in missing)
+    under_prefix = {parameter_name(n.removeprefix(_PREFIX)) for n in subject.files.headers if n.startswith(_PREFIX)}
+    prefixed = bool(missing) and under_prefix.issuperset(missing)
     if prefixed:
         yield problem("names begin with `model.`", "vllm", "speculators", "eagle")
     elif missing:
@@ -79,7 +82,7 @@ def _tensors_known(subject: Subject) -> Iterator[Finding]:
     extra = [
         name
         for name in subject.stored
-        if name not in known and not name.startswith((_FC_NORM, "model.")) and not name.endswith(_RULED_SUFFIXES)
+        if name not in known and not name.startswith((_FC_NORM, _PREFIX)) and not name.endswith(_RULED_SUFFIXES)
     ]
     if extra:
         shown = ", ".join(subject.stored[name] for name in extra[:4])
@@ -150,6 +153,14 @@ def _shared_embeddings(subject: Subject) -> Iterator[Finding]:
         yield problem("no embeddings, and the target's have another width")
     elif subject.origin is not None and subject.origin.embeddings_trained:
         yield problem("no embeddings, and the draft was trained with its own")
+
+
+@checks("embeddings-written")
+def _embeddings_written(subject: Subject) -> Iterator[Finding]:
+    if subject.is_flat:
+        yield not_applicable("engines that read a flat directory take the target's")
+    elif subject.header(EMBEDDINGS_TENSOR) is None:
+        yield problem("embed_tokens.weight is missing, and stays unset", "speculators")
 
 
 def _own_width(subject: Subject) -> bool:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_offline import simulated_accept_length
-from eagle_offline.objectives.acceptance import walked_accept_length
+from eagle_offline.alignment import SlotBatch
+from eagle_offline.objectives.acceptance import walk_answers, walked_accept_length
 from tests.oracles import acceptance as oracle
 
 
@@ -150,3 +151,118 @@ def test_a_row_is_the_sum_of_its_documents(row: tuple[list[list[bool]], list[boo
 
 def test_padding_alone_takes_no_round() -> None:
     assert walk([[True, True]], [True, True], [-1, -1]) == (0, 0)
+
+
+# --- Walks through answers ---
+
+Text = list[bool]  # one document: which of its tokens the assistant produced
+
+
+def packed_batch(rows: list[list[Text]], num_slots: int) -> SlotBatch:
+    """The masks of packed rows in the slot frame, laid out slot by slot; states and probabilities are not read."""
+    most = max(1, *(len(row) for row in rows))
+    loss_mask, remaining, positions, real = [], [], [], []
+    for row in rows:
+        flat = [produced for text in row for produced in text]
+        filler = num_slots - len(flat)
+        loss_mask.append([*flat, *[False] * (filler + 1)][1:])
+        remaining.append([len(text) - 1 - t for text in row for t in range(len(text))] + [0] * filler)
+        positions.append([t for text in row for t in range(len(text))] + [0] * filler)
+        real.append([1] * len(flat) + [0] * filler)
+    ids = torch.zeros(len(rows), num_slots, dtype=torch.int64)
+    return SlotBatch(
+        input_ids=ids,
+        attention_mask=torch.tensor(real),
+        loss_mask=torch.tensor(loss_mask),
+        aux_hidden_states=torch.zeros(len(rows), num_slots, 0),
+        target_probs=torch.zeros(len(rows), num_slots, 0),
+        position_mask=torch.tensor(loss_mask),
+        position_ids=torch.tensor(positions),
+        seq_lens=torch.tensor([[len(text) for text in row] + [0] * (most - len(row)) for row in rows]),
+        doc_remaining=torch.tensor(remaining),
+    )
+
+
+def decode_answers(hits: list[list[list[bool]]], rows: list[list[Text]]) -> tuple[int, int]:
+    """Tokens and rounds of decoding every turn of every text from its first token, which is known, to its last."""
+    tokens = rounds = 0
+    for b, row in enumerate(rows):
+        first_slot = 0
+        for text in row:
+            turns, t = [], 0
+            while t < len(text):
+                end = t
+                while end < len(text) and text[end]:
+                    end += 1
+                if end > t:
+                    turns.append((t, end - 1))
+                t = max(end, t + 1)
+            for first, last in turns:
+                newest = max(first, 1)  # no slot reads the token that begins a text
+                while newest < last:
+                    slot = first_slot + newest - 1
+                    run = 0
+                    while run < len(hits) and newest + 1 + run <= last and hits[run][b][slot]:
+                        run += 1
+                    tokens, rounds = tokens + run + 1, rounds + 1
+                    newest += run + 1
+            first_slot += len(text)
+    return tokens, rounds
+
+
+@st.composite
+def packed_rows(draw: st.DrawFn) -> tuple[list[list[list[bool]]], list[list[Text]], int]:
+    """Hits [K][B][T], texts row by row, and slots."""
+    turn = st.tuples(st.integers(0, 3), st.integers(0, 6))
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        row = []
+        for _ in range(draw(st.integers(0, 3))):
+            turns = draw(st.lists(turn, min_size=1, max_size=3))
+            ending = draw(st.integers(0, 2))
+            text = [side for asked, said in turns for side in [False] * asked + [True] * said] + [False] * ending
+            if text:
+                row.append(text)
+        rows.append(row)
+    num_slots = max(1, *(sum(map(len, row)) for row in rows)) + draw(st.integers(0, 3))
+    num_steps = draw(st.integers(1, 4))
+    flags = st.lists(st.sampled_from([True, True, False]), min_size=num_slots, max_size=num_slots)
+    hits = [[draw(flags) for _ in rows] for _ in range(num_steps)]
+    return hits, rows, num_slots
+
+
+@given(packed_rows())
+@settings(max_examples=200, deadline=None)
+def test_answers_are_walked_turn_by_turn_as_decoding_takes_them(
+    packed: tuple[list[list[list[bool]]], list[list[Text]], int],
+) -> None:
+    """Hits come as they may, past a turn's end and on padding too: none of those is accepted."""
+    hits, rows, num_slots = packed
+    found = walk_answers(torch.tensor(hits), packed_batch(rows, num_slots))
+    assert found == decode_answers(hits, rows)
+
+
+def test_worked_walk_through_answers() -> None:
+    """Two turns of 4 and 2 tokens; three known tokens before, two between: K = 2, every draft right.
+
+    Turn one is x_3 … x_6: round 1 accepts x_4 and x_5 and adds x_6. Turn two is x_9 and x_10: round 2 accepts x_10
+    and adds what follows the answer.
+    """
+    text = [False] * 3 + [True] * 4 + [False] * 2 + [True] * 2
+    hits = [[[True] * 11]] * 2
+    assert walk_answers(torch.tensor(hits), packed_batch([[text]], 11)) == (3 + 2, 2)
+    wrong = [[[False] * 11]] * 2
+    assert walk_answers(torch.tensor(wrong), packed_batch([[text]], 11)) == (3 + 1, 4)
+
+
+@pytest.mark.parametrize("said", [0, 1])
+def test_a_turn_that_is_known_with_its_first_token_takes_no_round(said: int) -> None:
+    rows = [[[False] * 3 + [True] * said + [False] * 2, [False] * 4]]
+    assert walk_answers(torch.ones(3, 1, 9 + said, dtype=torch.bool), packed_batch(rows, 9 + said)) == (0, 0)
+
+
+def test_an_answer_at_the_end_of_its_text_does_not_reach_into_the_next() -> None:
+    first, second = [False, True, True, True], [True, True, True]
+    batch = packed_batch([[first, second]], 7)
+    # All right: x_1 known, x_2 and x_3 accepted; in the second text x_1 is known and x_2 accepted.
+    assert walk_answers(torch.ones(4, 1, 7, dtype=torch.bool), batch) == (3 + 2, 2)

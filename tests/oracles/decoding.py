@@ -42,13 +42,23 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "Granite": ("Granite", {}),
     "Olmo2": ("Olmo2", {}),
     "Phi3": ("Phi3", {}),
+    "Llama4, chunks of 8": (
+        "Llama4",
+        {
+            "attention_chunk_size": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "rope_parameters": _PLAIN_ROPE,
+            "layer_types": ["chunked_attention", "full_attention", "chunked_attention", "full_attention"],
+        },
+    ),
     "GptOss, window of 8": (
         "GptOss",
         {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": _PLAIN_ROPE},
     ),
 }
 KINDS = list(_KINDS)
-WINDOWED = [kind for kind in KINDS if "window" in kind]
+WINDOWED = [kind for kind in KINDS if "window" in kind or "chunks" in kind]
 
 
 @cache
@@ -58,10 +68,12 @@ def target(
     """A random target that no test changes, in float64 where its attention can be."""
     name, changes = _KINDS[kind]
     sizes = {"vocab_size": vocab_size, "num_hidden_layers": num_layers, **changes}
-    if name == "Gemma3":  # its text model goes by a configuration of another name
-        config = transformers.Gemma3TextConfig(**{**builders._SIZES, "tie_word_embeddings": False, **sizes})
+    if name in ("Gemma3", "Llama4"):  # their text models go by a configuration of another name
+        config = getattr(transformers, f"{name}TextConfig")(
+            **{**builders._SIZES, "tie_word_embeddings": False, **sizes}
+        )
         torch.manual_seed(0)
-        model = transformers.Gemma3ForCausalLM(config).eval()
+        model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     else:
         model = builders.make_model(name, **sizes)
     # Attention with soft-capping takes its softmax in float32, which cannot hold the mask of a float64 model.

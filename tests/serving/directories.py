@@ -203,7 +203,7 @@ def flat(kind: Kind = PLAIN) -> Directory:
 
 def speculators(kind: Kind = PLAIN) -> Directory:
     """A speculators directory with the weights of `make_model`."""
-    tensors = {n: tensor.clone() for n, tensor in make_model(kind).state_dict().items() if n != "embed_tokens.weight"}
+    tensors = {name: tensor.clone() for name, tensor in make_model(kind).state_dict().items()}
     config = {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",

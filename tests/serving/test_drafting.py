@@ -161,6 +161,26 @@ def test_the_right_branch_is_kept_wherever_it_stands(second: bool) -> None:
     assert all(answer.accepted == [2] * 7 + [2] for answer in answers)
 
 
+def test_states_told_after_a_tree_are_those_of_the_branch_that_was_accepted() -> None:
+    """What an EAGLE tree would draft from next: the outputs of the target's layers along the text."""
+    prompts = oracle.prompts(LENGTHS)
+    texts = [prompt + answer for prompt, answer in zip(prompts, true_answers("Llama", prompts), strict=True)]
+    told: list[list[Tensor]] = [[] for _ in texts]
+
+    class Watching(Tree):
+        def propose(self, settled: Settled, sampling: Sampling, generator: torch.Generator) -> TreeProposal:
+            for index, text_id in enumerate(self.rows):
+                told[text_id].append(settled.aux_hidden_states[index, : int(settled.num_slots[index])].clone())
+            return super().propose(settled, sampling, generator)
+
+    answers_of("Llama", Watching(texts, SHAPES["two branches of two, one after the other"], 0.45), prompts)
+    for text, states in zip(texts, told, strict=True):
+        found = torch.cat(states)
+        assert len(found) >= len(text) - 3
+        expected = oracle.states_of(oracle.target("Llama"), text)[: len(found)]
+        assert torch.allclose(found, expected, rtol=0, atol=1e-9)
+
+
 def test_a_tree_stops_where_plain_decoding_stops() -> None:
     prompts = oracle.prompts(LENGTHS)
     whole = true_answers("Llama", prompts)
@@ -223,7 +243,7 @@ class Lookup:
     def propose(self, settled: Settled, _sampling: Sampling, _generator: torch.Generator) -> ChainProposal:
         drafts = []
         for index, text in enumerate(self.texts):
-            text += settled.input_ids[index, : int(settled.num_slots[index])].tolist()
+            text.extend(settled.input_ids[index, : int(settled.num_slots[index])].tolist())
             earlier = [place for place, token in enumerate(text[:-1]) if token == text[-1]]
             found = text[earlier[-1] + 1 :][: self.num_draft_tokens] if earlier else []
             drafts.append(found + [0] * (self.num_draft_tokens - len(found)))
@@ -240,7 +260,7 @@ def test_prompt_lookup_decodes_to_the_plain_answer(kind: str) -> None:
 
 def test_prompt_lookup_stays_lossless_when_sampled() -> None:
     """A drafter that draws nothing must be refused when tokens are sampled, or give them all their probability."""
-    model = oracle.target("Llama", vocab_size=10)
+    model = oracle.target("Llama", vocab_size=10, num_layers=3)
     prompt = [3, 1, 4, 1, 5, 3, 1]
     target = CachedTarget(HFEagle3TargetModel(model, oracle.AUX_LAYER_IDS), capture=False)
 
@@ -250,7 +270,7 @@ def test_prompt_lookup_stays_lossless_when_sampled() -> None:
             return ChainProposal(drafts, torch.nn.functional.one_hot(drafts, 10).float())
 
     answers, _ = decode(
-        target, Certain(2), [prompt] * 3000, Limits(4, ()), Sampling(1.0, 1.0), torch.Generator().manual_seed(0)
+        target, Certain(2), [prompt] * 2000, Limits(4, ()), Sampling(1.0, 1.0), torch.Generator().manual_seed(0)
     )
     counts: dict[tuple[int, ...], int] = {}
     for answer in answers:
