@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.harness import ROOT, Figures
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
+from eagle_offline.draft.origin import DraftOrigin
 from eagle_offline.serving.drafts import ServedDraft
 from eagle_offline.serving.export import export_draft
 from eagle_offline.serving.layouts import layers_executed
@@ -31,6 +32,9 @@ QUESTION = __doc__
 # Python of the environment that `make interop` sets up.
 INTEROP_PYTHON = "INTEROP_PYTHON"
 _LOADER = ROOT.parent / "tests" / "interop" / "load_with_speculators.py"
+
+# Logits of both sides are float32 sums of a few dozen products of size one.
+TOLERANCE = 1e-5
 
 TTT_STEPS, NUM_SLOTS, VOCAB_SIZE = 4, 24, 96
 AUX_LAYER_IDS = {3: [1, 2, 4], 4: [0, 1, 2, 4]}
@@ -58,8 +62,9 @@ class Draft:
     Attributes:
         changes: config fields.
         draft_vocab_size: ``Vd``.
-        own_embeddings: export the draft's own token embeddings instead of leaving them to the target's.
-        convertible: whether the library's converter knows this kind; it builds one layer.
+        own_embeddings: the draft trained its token embeddings; they are the target's otherwise.
+        convertible: whether the library's converter keeps this kind whole: it builds one layer over three states,
+            and leaves the norms of the aux states out in silence.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +75,9 @@ class Draft:
 
 DRAFTS = {
     "eagle3": Draft(),
-    "eagle3.1": Draft({"fc_norm": True, "norm_output": True}),
+    "normed output": Draft({"norm_output": True}),
+    "normed aux states": Draft({"fc_norm": True}, convertible=False),
+    "eagle3.1": Draft({"fc_norm": True, "norm_output": True}, convertible=False),
     "full vocabulary": Draft(draft_vocab_size=VOCAB_SIZE),
     "own embeddings": Draft(own_embeddings=True),
     "llama3 rope": Draft({"rope_parameters": _LLAMA3_ROPE}),
@@ -96,7 +103,10 @@ def _measure(name: str) -> Figures:
             if (case / f"{way}.safetensors").is_file():
                 found = load_file(case / f"{way}.safetensors")["logits"]
                 assert found.shape == expected.shape, f"{way}: {found.shape}, expected {expected.shape}"
-                figures[f"{way}_largest_difference"] = float((found - expected).abs().max())
+                difference = float((found - expected).abs().max())
+                if difference > TOLERANCE:
+                    raise SystemExit(f"{name}, {way}: logits differ by {difference}, expected at most {TOLERANCE}")
+                figures[f"{way}_largest_difference"] = difference
     return {**figures, **{f"{package}_version": number for package, number in versions.items()}}
 
 
@@ -132,7 +142,27 @@ def _write_case(kind: Draft, case: Path) -> torch.Tensor:
     ids = torch.randperm(VOCAB_SIZE)[: kind.draft_vocab_size].sort().values
     num_aux = model.config.num_aux_hidden_states
     layer_ids = AUX_LAYER_IDS[num_aux]
-    draft = ServedDraft(model, ids, layer_ids, "native", kind.own_embeddings, None)
+    origin = DraftOrigin(
+        target_id="target",
+        target_revision=None,
+        target_digest="0" * 32,
+        target_architecture="LlamaForCausalLM",
+        target_num_layers=6,
+        target_hidden_size=model.config.hidden_size,
+        target_vocab_size=VOCAB_SIZE,
+        tokenizer_digest="0" * 32,
+        template_digest="0" * 32,
+        aux_layer_ids=layer_ids,
+        cache_digest="0" * 32,
+        dataset={},
+        draft_vocab_digest="0" * 32,
+        draft_vocab_coverage=1.0,
+        objective="eagle3",
+        ttt_steps=TTT_STEPS,
+        embeddings_trained=kind.own_embeddings,
+        step=0,
+    )
+    draft = ServedDraft(model, ids, layer_ids, "native", has_embeddings=True, origin=origin)
     for layout in ("flat", "speculators"):
         export_draft(
             draft,
