@@ -42,7 +42,7 @@ class DraftCache:
             input_ids: int64 ``[B, N]``.
             hidden: ``[B, N, H]``, projected aux states or what a former call returned.
             position_ids: int64 ``[B, N]``, rotary position and column of each slot.
-            num_columns: one more than the largest position.
+            num_columns: more than the largest position.
         """
         draft = self._draft
         self._reserve(num_columns, hidden)

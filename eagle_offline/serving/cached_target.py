@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from eagle_offline.errors import MismatchError
+from eagle_offline.errors import DataError, MismatchError
 from eagle_offline.target.hooks import HFEagle3TargetModel
+
+# Kinds of layers, by transformers' names, whose past is keys and values alone.
+_ATTENTION_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class CachedTarget:
 
     Rows stand right-aligned: a row's tokens occupy its last columns, padding stands to their left, and nothing
     stands between. So any attention of any architecture, sliding windows included, sees each row as it would alone.
+    (Rotary frequencies that follow the longest position of a forward, ``dynamic`` and ``longrope``, do so only up to
+    the length that they are made for.)
 
     Args:
         target: the target.
@@ -44,6 +49,12 @@ class CachedTarget:
     def __init__(self, target: HFEagle3TargetModel, *, capture: bool):
         self._target = target
         self._capture = capture
+        config = cast(Any, target.model).config.get_text_config()
+        self._layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+        recurrent = sorted(self._layer_types - _ATTENTION_TYPES)
+        if recurrent:
+            raise self._cannot_go_back(f"layers of {', '.join(recurrent)}")
+        self._windowed = getattr(config, "sliding_window", None) is not None or self._layer_types != {"full_attention"}
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(target.model.forward).parameters
         self._cache = DynamicCache()
         self.device = target.get_input_embeddings().weight.device
@@ -59,7 +70,11 @@ class CachedTarget:
 
     @torch.inference_mode()
     def start(self, prompts: list[list[int]]) -> TargetStep:
-        """Run the prompts; the aux states are those of the prompts, padded on the left as the prompts are."""
+        """Run the prompts; the aux states are those of the prompts, padded on the left as the prompts are.
+
+        Raises:
+            MismatchError: see the class. DataError: logits that are not finite.
+        """
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         valid = torch.zeros_like(ids)
@@ -72,10 +87,9 @@ class CachedTarget:
         step = self._forward(ids.to(self.device), positions, self._valid, num_logits=1)
         for layer in self._cache.layers:
             if getattr(layer, "is_sliding", False) or not isinstance(getattr(layer, "keys", None), Tensor):
-                raise MismatchError(
-                    f"{type(self.model).__name__} keeps a {type(layer).__name__}, which rejected tokens cannot be "
-                    "taken out of: it cannot be decoded speculatively here"
-                )
+                raise self._cannot_go_back(f"a {type(layer).__name__}")
+        if not bool(step.logits.isfinite().all()):
+            raise DataError(f"{type(self.model).__name__}: its logits are not finite; try another --compute-dtype")
         return step
 
     @torch.inference_mode()
@@ -134,6 +148,12 @@ class CachedTarget:
         for layer in self._layers():
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
+    def _cannot_go_back(self, what: str) -> MismatchError:
+        return MismatchError(
+            f"{type(self.model).__name__} has {what}, which rejected tokens cannot be taken out of: it cannot be "
+            "decoded speculatively here"
+        )
+
     def _layers(self) -> list[Any]:
         return cast(list[Any], self._cache.layers)
 
@@ -155,10 +175,10 @@ class CachedTarget:
 
     def _tree_mask(self, valid: Tensor, visible: Tensor) -> Tensor:
         """Return the additive mask ``[B, 1, N, S]`` of new tokens that do not all follow one another."""
-        config = cast(Any, self.model).config
-        if getattr(config.get_text_config(), "sliding_window", None) is not None:
+        if self._windowed:
             raise MismatchError(
-                f"{type(self.model).__name__} has a sliding window: trees of drafts cannot be verified, chains can"
+                f"{type(self.model).__name__} has sliding or chunked attention: trees of drafts cannot be verified, "
+                "chains can"
             )
         count = visible.shape[0]
         seen = valid.bool()[:, None, None, :].repeat(1, 1, count, 1)

@@ -27,7 +27,7 @@ class Settled:
         aux_hidden_states: ``[B, N, A·H]``, ``a_t``, low layer first.
         position_ids: int64 ``[B, N]``, ``t``; padding goes on counting.
         num_slots: int64 ``[B]``, slots of each row that are not padding, at least one.
-        num_columns: one more than the largest position.
+        num_columns: more than the largest position of a slot that counts.
     """
 
     input_ids: Tensor

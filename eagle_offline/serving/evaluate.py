@@ -20,6 +20,8 @@ from eagle_offline.text.templates import ChatTemplate
 
 TRAINED, UNTRAINED = "trained", "untrained"
 
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
 # Where a target does not say how far its positions reach.
 _UNBOUNDED_TOKENS = 1 << 20
 
@@ -73,5 +75,14 @@ def stop_token_ids(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _max_tokens(model: Any) -> int:
+    """Return the longest row that is decoded.
+
+    Rotary frequencies of some kinds change once a forward reaches beyond the length that they are made for; then an
+    answer depends on how its tokens were cut into forwards, with drafts and without.
+    """
     config = cast(Any, model).config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED_TOKENS)
+    longest = int(getattr(config, "max_position_embeddings", None) or _UNBOUNDED_TOKENS)
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
+        longest = min(longest, int(rope.get("original_max_position_embeddings") or longest))
+    return longest

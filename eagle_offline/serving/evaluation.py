@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -220,9 +221,7 @@ class Evaluator:
             num_rounds=len(accepted),
             accept_length=overall.accept_length,
             accept_rate=[count / max(reached[0], 1) for count in reached[1:]],
-            conditional_accept_rate=[
-                after / before if before else 0.0 for before, after in zip(reached, reached[1:], strict=False)
-            ],
+            conditional_accept_rate=[after / before if before else 0.0 for before, after in pairwise(reached)],
             walked_accept_length=overall.predicted.walked,
             simulated_accept_length=overall.predicted.simulated,
             speedup=timing["tokens_per_second"] / plain.tokens_per_second if plain.tokens_per_second else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,9 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UsageError("expected --temperature >= 0 and --top-p in (0, 1]")
+        # Written so that NaN, which compares false with everything, is out of range too.
+        if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1):
+            raise UsageError("expected a finite --temperature >= 0 and --top-p in (0, 1]")
 
     @property
     def greedy(self) -> bool:

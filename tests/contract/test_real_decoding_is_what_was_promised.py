@@ -152,7 +152,7 @@ def test_every_round_drafts_what_the_definition_drafts_and_accepts_as_many(name:
         assert len(lengths) >= 4
 
 
-@pytest.mark.parametrize("num_draft_tokens", [1, 3, STEPS])
+@pytest.mark.parametrize("num_draft_tokens", [2, STEPS])
 @pytest.mark.parametrize("name", CASES)
 def test_the_walk_takes_the_rounds_that_decoding_takes(name: str, num_draft_tokens: int) -> None:
     """Teacher-forced through the unroll that trains it, a draft accepts what it accepts when it serves."""

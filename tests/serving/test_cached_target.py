@@ -170,6 +170,6 @@ def test_a_target_whose_past_cannot_be_taken_back_is_refused() -> None:
     """A short convolution remembers its last inputs: what it was told cannot be forgotten."""
     layers = ["conv", "conv", "full_attention", "conv"]
     model = builders.make_model("Lfm2", vocab_size=24, num_hidden_layers=4, layer_types=layers, block_multiple_of=8)
-    target = CachedTarget(HFEagle3TargetModel(model, oracle.AUX_LAYER_IDS), capture=True)
+    target = HFEagle3TargetModel(model, oracle.AUX_LAYER_IDS)
     with pytest.raises(MismatchError):
-        target.start([[1, 2, 3]])
+        CachedTarget(target, capture=True).start([[1, 2, 3]])

@@ -80,8 +80,9 @@ def test_plain_decoding_is_a_full_forward_a_token(kind: str) -> None:
     assert all(answer.accepted == [0] * (LENGTH - 1) for answer in answers)
 
 
-@pytest.mark.parametrize("error_rate", [0.0, 0.3])
-@pytest.mark.parametrize("kind", oracle.KINDS)
+@pytest.mark.parametrize(
+    ("kind", "error_rate"), [*((kind, 0.3) for kind in oracle.KINDS), ("Llama", 0.0), ("Gemma3, window of 8", 0.0)]
+)
 def test_a_skilled_drafter_changes_no_token(kind: str, error_rate: float) -> None:
     prompts = oracle.prompts(LENGTHS)
     drafter = replay(kind, prompts, 4, error_rate)
@@ -94,7 +95,7 @@ def test_a_skilled_drafter_changes_no_token(kind: str, error_rate: float) -> Non
         assert len({run for answer in answers for run in answer.accepted}) >= 4, "too easy"
 
 
-@pytest.mark.parametrize("kind", oracle.KINDS)
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2, window of 8", "Cohere", "Phi3"])
 def test_an_eagle_draft_changes_no_token(kind: str) -> None:
     prompts = oracle.prompts(LENGTHS)
     model = oracle.target(kind)

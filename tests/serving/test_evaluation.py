@@ -114,7 +114,8 @@ def test_a_report_shows_real_decoding_when_it_is_given(run, found, tmp_path):
 
 def test_sampled_decoding_is_a_function_of_its_seed(run, questions):
     one, same, other = (
-        evaluate(chosen(run, questions, temperature=1.0, top_p=0.9, seed=seed)).drafters["trained"] for seed in (1, 1, 2)
+        evaluate(chosen(run, questions, temperature=1.0, top_p=0.9, seed=seed)).drafters["trained"]
+        for seed in (1, 1, 2)
     )
     assert (one.num_tokens, one.num_rounds, one.accept_rate) == (same.num_tokens, same.num_rounds, same.accept_rate)
     assert (one.num_rounds, one.accept_rate) != (other.num_rounds, other.accept_rate)
