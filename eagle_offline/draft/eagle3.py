@@ -144,9 +144,13 @@ class Eagle3DraftModel(PreTrainedModel):
         value_steps.append(step_values[0] if len(self.layers) == 1 else tuple(step_values))
         return self.norm(hidden) if self.config.norm_output else hidden
 
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """Return what the head reads, ``[…, H]``, for what `forward` returned: normed once."""
+        return hidden if self.config.norm_output else self.norm(hidden)
+
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Return logits ``[…, Vd]`` over the draft vocabulary for what `forward` returned."""
-        return self.lm_head(hidden if self.config.norm_output else self.norm(hidden))
+        return self.lm_head(self.before_head(hidden))
 
     @staticmethod
     def _of_layer(entry: Any, index: int) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from eagle_offline.alignment import SlotBatch, document_ids, shift_left_with_zero
+from eagle_offline.alignment import doc_remaining, document_ids, shift_left_with_zero
 
 
 def simulated_accept_length(step_prefix_hits: Tensor, step_valid: Tensor) -> Tensor:
@@ -61,7 +63,16 @@ def walked_accept_length(step_hits: Tensor, slot_valid: Tensor, document_ids: Te
     return tokens, rounds
 
 
-def walk_answers(step_hits: Tensor, batch: SlotBatch) -> tuple[int, int]:
+class PackedAnswers(Protocol):
+    """Where answers stand in packed rows: `loss_mask` bool ``[B, T]``, slot frame, and `seq_lens` int64 ``[B, D]``."""
+
+    @property
+    def loss_mask(self) -> Tensor: ...
+    @property
+    def seq_lens(self) -> Tensor | None: ...
+
+
+def walk_answers(step_hits: Tensor, batch: PackedAnswers) -> tuple[int, int]:
     """Walk through the answers of a packed batch, each from its first token to its last.
 
     Decoding a turn begins once its first token is known and ends with its last; so a round counts only the
@@ -70,18 +81,20 @@ def walk_answers(step_hits: Tensor, batch: SlotBatch) -> tuple[int, int]:
 
     Args:
         step_hits: bool ``[K, B, T]``, see `UnrollSums`.
-        batch: the batch that was unrolled, with ``seq_lens``.
+        batch: what was unrolled, with ``seq_lens``.
 
     Returns:
         Tokens yielded and rounds taken, see `walked_accept_length`.
     """
     assert batch.seq_lens is not None
-    documents = document_ids(batch.seq_lens, batch.input_ids.shape[1]).cpu()
+    num_slots = batch.loss_mask.shape[1]
+    documents = document_ids(batch.seq_lens, num_slots).cpu()
+    remaining = doc_remaining(batch.seq_lens, num_slots)
     produced, mask = [], batch.loss_mask.bool()
     for step in range(len(step_hits)):
         # Step k of slot t predicts x_{t+k+2}, whose loss mask is what slot t has at step k + 1.
         mask = shift_left_with_zero(mask)
-        produced.append(batch.counting_slots(mask, step + 1))
+        produced.append(mask & (step + 1 < remaining))
     answered = torch.stack(produced).cpu()
     hits = step_hits.cpu() & answered
     walked = [

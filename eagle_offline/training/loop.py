@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from eagle_offline.alignment import SlotBatch
 from eagle_offline.cache.layout import STATUS_FILE
+from eagle_offline.cache.reader import Sample
 from eagle_offline.config import TrainSettings
-from eagle_offline.data.collate import PackedBatch, collate, slot_batch
 from eagle_offline.data.prefetch import prefetch
 from eagle_offline.data.sampler import plan_epoch, plan_packs
 from eagle_offline.devices import resolve_device
@@ -25,12 +24,13 @@ from eagle_offline.draft.origin import DraftOrigin
 from eagle_offline.durable import make_directory, remove_abandoned, write_bytes
 from eagle_offline.errors import EagleOfflineError, MismatchError, StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
-from eagle_offline.objectives.ttt import STEP_DECAY, supervised_counts, unroll
+from eagle_offline.objectives.ttt import STEP_DECAY
 from eagle_offline.progress import Progress
 from eagle_offline.supervision import Head
 from eagle_offline.training.corpus import Corpus, open_corpus
 from eagle_offline.training.logbook import METRICS_FILE, Logbook, MetricsRow
 from eagle_offline.training.optimizer import build_optimizer, learning_rate
+from eagle_offline.training.packs import TrainingPack, make_pack, run_pack
 from eagle_offline.training.state import (
     CHECKPOINTS_DIRECTORY,
     LATEST_FILE,
@@ -82,7 +82,6 @@ class Trainer:
         self._selected_head: Head | None = None
         if identity.capture.target_encoding == "factored":
             self._selected_head = cache.head.select(cache.selected_token_ids).to(self.device)
-        self._selected_mask = cache.selected_token_mask.to(self.device)
 
     def _epochs(self) -> range:
         return range(self.settings.num_epochs)
@@ -112,41 +111,43 @@ class Trainer:
                 position = Position(position.step + 1, *after)
                 yield position, packs[start : start + size]
 
-    def load(self, step: tuple[Position, list[np.ndarray]]) -> tuple[Position, list[PackedBatch]]:
+    def load(self, step: tuple[Position, list[np.ndarray]]) -> tuple[Position, list[TrainingPack]]:
         """Return a step with its packs read and laid out, on the CPU."""
         position, packs = step
-        return position, [collate([self.corpus.cache[int(index)] for index in pack]) for pack in packs]
+        return position, [self.pack([self.corpus.cache[int(index)] for index in pack]) for pack in packs]
 
-    def to_slots(self, pack: PackedBatch) -> SlotBatch:
-        """Return a pack in the slot frame on the training device."""
-        return slot_batch(pack.to(self.device), self._selected_head, self._selected_mask)
+    def pack(self, samples: Sequence[Sample]) -> TrainingPack:
+        """Return samples laid out for the unroll, on the CPU."""
+        cache = self.corpus.cache
+        size = len(cache.selected_token_ids)
+        return make_pack(samples, cache.selected_token_mask, self.settings.ttt_steps, size, self.device)
 
-    def heldout_batches(self) -> Iterator[SlotBatch]:
-        """Yield the held-out documents, longest packs first in cache order."""
+    def heldout_packs(self) -> Iterator[TrainingPack]:
+        """Yield the held-out documents, in cache order, on the training device."""
         cache = self.corpus.heldout_cache
         packs = plan_packs(self.corpus.heldout_samples, cache.lengths, self.settings.tokens_per_batch)
-        for pack in prefetch(lambda pack: collate([cache[int(index)] for index in pack]), packs):
-            yield self.to_slots(pack)
+        for pack in prefetch(lambda pack: self.pack([cache[int(index)] for index in pack]), packs):
+            yield pack.to(self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 compute on CUDA, float32 elsewhere; the weights stay float32."""
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
-    def step(self, packs: Sequence[PackedBatch], tally: Tally) -> float:
+    def step(self, packs: Sequence[TrainingPack], tally: Tally) -> float:
         """Do one optimizer step, its means taken over all its packs; return the gradient norm.
 
         Raises:
             EagleOfflineError: loss or gradient is not finite; names the samples.
         """
-        settings, ttt_steps = self.settings, self.settings.ttt_steps
-        weights = torch.tensor([STEP_DECAY**k for k in range(ttt_steps)], device=self.device)
-        batches = [self.to_slots(pack) for pack in packs]
-        counts = sum((supervised_counts(batch, ttt_steps) for batch in batches), torch.zeros_like(weights))
+        settings = self.settings
+        decays = STEP_DECAY ** torch.arange(settings.ttt_steps, dtype=torch.float64)
+        # The counts follow from masks alone, so a slot's share of the whole step's mean is known before any forward.
+        counts = torch.stack([pack.plan.step_counts for pack in packs]).sum(dim=0)
+        weights = (decays / decays.sum() / counts.clamp_min(1)).to(self.device, self.model.dtype)
         self.optimizer.zero_grad(set_to_none=True)
-        for batch in batches:
+        for pack in packs:
             with self.autocast():
-                sums = unroll(self.model, batch, ttt_steps)
-            loss = (weights * sums.losses / counts.clamp_min(1)).sum() / weights.sum()
+                loss, sums = run_pack(self.model, pack.to(self.device), self._selected_head, weights)
             loss.backward()
             tally.add(sums)
         rate = learning_rate(self.position.step, self.total_steps, settings)
@@ -167,7 +168,12 @@ class Trainer:
         """Return metrics on the held-out documents."""
         with self.autocast():
             return validate(
-                self.model, self.heldout_batches(), self.settings.ttt_steps, self.position.step, self.epochs_done()
+                self.model,
+                self.heldout_packs(),
+                self._selected_head,
+                self.settings.ttt_steps,
+                self.position.step,
+                self.epochs_done(),
             )
 
     def epochs_done(self) -> float:

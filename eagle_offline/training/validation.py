@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from eagle_offline.alignment import SlotBatch
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
-from eagle_offline.objectives.acceptance import simulated_accept_length, walk_answers
-from eagle_offline.objectives.ttt import UnrollSums, decayed_mean, unroll
+from eagle_offline.objectives.acceptance import PackedAnswers, simulated_accept_length, walk_answers
+from eagle_offline.objectives.ttt import UnrollSums, decayed_mean
+from eagle_offline.supervision import Head
 from eagle_offline.training.logbook import MetricsRow
+from eagle_offline.training.packs import TrainingPack, run_pack
 
 _SUMS = ("losses", "counts", "hits", "prefix_hits", "prefix_valid")
 
@@ -56,7 +57,7 @@ class Tally:
         self.prefix_hits += sums.prefix_hits().cpu()
         self.prefix_valid += sums.prefix_valid().cpu()
 
-    def walk(self, sums: UnrollSums, batch: SlotBatch) -> None:
+    def walk(self, sums: UnrollSums, batch: PackedAnswers) -> None:
         """Add one unroll's walked decoding, row by row."""
         tokens, rounds = walk_answers(sums.step_hits, batch)
         self.walked_tokens += tokens
@@ -83,12 +84,18 @@ class Tally:
 
 @torch.no_grad()
 def validate(
-    draft_model: Eagle3DraftModel, batches: Iterable[SlotBatch], ttt_steps: int, step: int, epoch: float
+    draft_model: Eagle3DraftModel,
+    packs: Iterable[TrainingPack],
+    selected_head: Head | None,
+    ttt_steps: int,
+    step: int,
+    epoch: float,
 ) -> MetricsRow:
-    """Return the metrics of a draft over held-out batches."""
+    """Return the metrics of a draft over held-out packs on its device; see `run_pack`."""
     tally = Tally(ttt_steps)
-    for batch in batches:
-        sums = unroll(draft_model, batch, ttt_steps)
+    weights = torch.ones(ttt_steps, device=draft_model.device)
+    for pack in packs:
+        _, sums = run_pack(draft_model, pack, selected_head, weights)
         tally.add(sums)
-        tally.walk(sums, batch)
+        tally.walk(sums, pack)
     return tally.row("heldout", step, epoch)

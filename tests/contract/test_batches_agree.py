@@ -216,7 +216,7 @@ def double_trainer(directory: Path, **changes: object):
 
 def one_step(trainer, packs: list[list[Sample]]) -> tuple[Tally, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     tally = Tally(trainer.settings.ttt_steps)
-    trainer.step([collate(pack) for pack in packs], tally)
+    trainer.step([trainer.pack(pack) for pack in packs], tally)
     gradients = {name: parameter.grad.clone() for name, parameter in trainer.model.named_parameters()}
     return tally, gradients, {name: value.clone() for name, value in trainer.model.state_dict().items()}
 

@@ -15,8 +15,8 @@ from eagle_offline.cache.reader import Cache
 from eagle_offline.config import TrainSettings
 from eagle_offline.data.sampler import heldout_mask
 from eagle_offline.errors import DataError, EagleOfflineError, MismatchError
-from eagle_offline.objectives import ttt
-from eagle_offline.training import loop, validation
+from eagle_offline.objectives.fused_loss import TargetRows
+from eagle_offline.training import loop
 from eagle_offline.training.logbook import MetricsRow, read_metrics
 from tests.builders import make_cache, run_cli, save_target, shared_chat, tree
 from tests.training.caches import copied_cache, latest, metrics, settings, shared_cache, train, trainer_of
@@ -193,17 +193,19 @@ def test_the_same_draft_is_validated_alike_in_packs_of_any_size(tmp_path):
 def test_supervision_of_held_out_documents_stays_float32_under_autocast(tmp_path, monkeypatch):
     """Only the draft computes in bf16; the target's distribution is taken in float32 when validating, too."""
     trainer = trainer_of(settings(tmp_path, cache=shared_cache(dtype="fp32")))
-    expected = [batch.target_probs for batch in trainer.heldout_batches()]
-    monkeypatch.setattr(loop.Trainer, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
-    seen = []
+    seen: list[torch.Tensor] = []
+    original = TargetRows.probs
 
-    def watched(model, batch, ttt_steps):
-        seen.append(batch.target_probs)
-        return ttt.unroll(model, batch, ttt_steps)
+    def watched(rows, start, stop):
+        seen.append(original(rows, start, stop))
+        return seen[-1]
 
-    monkeypatch.setattr(validation, "unroll", watched)
+    monkeypatch.setattr(TargetRows, "probs", watched)
     trainer.validate()
-    assert len(seen) == len(expected)
+    expected, seen[:] = list(seen), []
+    monkeypatch.setattr(loop.Trainer, "autocast", lambda _: torch.autocast("cpu", torch.bfloat16))
+    trainer.validate()
+    assert len(seen) == len(expected) > 0
     for ours, theirs in zip(seen, expected, strict=True):
         assert ours.dtype == torch.float32
         assert torch.equal(ours, theirs)

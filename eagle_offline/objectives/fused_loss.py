@@ -1,0 +1,147 @@
+"""Head, target distribution, loss and its gradient in one pass over chunks: no full logits are ever whole in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eagle_offline.supervision import Head
+
+
+@dataclass(frozen=True)
+class TargetRows:
+    """Stored supervision: final states with the head restricted to the draft vocabulary, or probabilities.
+
+    Attributes:
+        rows: ``[P, H]`` with a head, ``[P, Vd]`` without.
+        head: the target's, its rows the draft vocabulary; None for probabilities.
+    """
+
+    rows: Tensor
+    head: Head | None
+
+    def probs(self, start: int, stop: int) -> Tensor:
+        """Return the probabilities of some rows, float32 ``[n, Vd]`` (float64 for float64 rows)."""
+        rows = self.rows[start:stop]
+        if self.head is not None:
+            return self.head.logits(rows).softmax(dim=-1)
+        return rows if rows.dtype == torch.float64 else rows.float()
+
+
+@dataclass(frozen=True)
+class LossRows:
+    """Which rows of a loss belong to which step and which target, sorted by target.
+
+    Attributes:
+        order: int64 ``[R]``, where each sorted row stands among the states given.
+        steps, targets: int64 ``[R]``, of each sorted row.
+        chunks: bounds of each chunk, on the host: first and last sorted row, first and last target row.
+    """
+
+    order: Tensor
+    steps: Tensor
+    targets: Tensor
+    chunks: tuple[tuple[int, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums by step and hits by row.
+
+    Attributes:
+        loss: scalar with gradient, ``Σ_k w_k · losses_k``.
+        losses, overlaps: float ``[K]``: soft cross-entropy, and ``Σ α``; without gradient.
+        hits: bool ``[R]``, top-1 right, in the order of the states given.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    overlaps: Tensor
+    hits: Tensor
+
+
+def fused_loss(
+    states: Tensor, head_weight: Tensor, rows: LossRows, targets: TargetRows, step_weights: Tensor
+) -> LossSums:
+    """Return the weighted loss of draft states against the target, and what else the same pass sees.
+
+    Args:
+        states: ``[R, H]``, normed, ready for the draft's head.
+        head_weight: ``[Vd, H]``, of the draft's head.
+        rows: which step and target each row has.
+        targets: the target's supervision.
+        step_weights: ``[K]``, what the loss of a row of each step counts.
+    """
+    device = states.device.type
+    if torch.is_autocast_enabled(device):
+        states = states.to(torch.get_autocast_dtype(device))
+    return LossSums(*_FusedLoss.apply(states, head_weight, rows, targets, step_weights))
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, head_weight: Tensor, rows: LossRows, targets: TargetRows, step_weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        wide = torch.float64 if states.dtype == torch.float64 else torch.float32
+        weight = head_weight.to(states.dtype)
+        wants_states, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        grad_states = torch.empty_like(states) if wants_states else None
+        grad_weight = torch.zeros_like(head_weight, dtype=wide) if wants_weight else None
+        losses = torch.zeros(len(step_weights), dtype=wide, device=states.device)
+        overlaps = torch.zeros_like(losses)
+        hits = torch.zeros(len(states), dtype=torch.bool, device=states.device)
+        with torch.autocast(states.device.type, enabled=False):
+            for first, last, first_target, last_target in rows.chunks:
+                order, steps = rows.order[first:last], rows.steps[first:last]
+                probs = targets.probs(first_target, last_target).to(wide)
+                best = probs.argmax(dim=-1)
+                local = rows.targets[first:last] - first_target
+                probs, chunk = probs[local], states[order]
+                logits = (chunk @ weight.T).to(wide)
+                hits[order] = logits.argmax(dim=-1) == best[local]
+                normalizer = logits.logsumexp(dim=-1)
+                mass = probs.sum(dim=-1)
+                losses.index_add_(0, steps, mass * normalizer - torch.linalg.vecdot(probs, logits))
+                softmax = logits.sub_(normalizer.unsqueeze(-1)).exp_()
+                overlaps.index_add_(0, steps, torch.minimum(probs, softmax).sum(dim=-1))
+                if not (wants_states or wants_weight):
+                    continue
+                # d/dq of −Σ p log softmax(q) is Σp · softmax(q) − p.
+                gradient = softmax.mul_(mass.unsqueeze(-1)).sub_(probs).mul_(step_weights[steps].unsqueeze(-1))
+                gradient = gradient.to(states.dtype)
+                if grad_states is not None:
+                    grad_states[order] = gradient @ weight
+                if grad_weight is not None:
+                    grad_weight += (gradient.T @ chunk).to(wide)
+        ctx.save_for_backward(grad_states, grad_weight)
+        ctx.weight_dtype = head_weight.dtype
+        ctx.mark_non_differentiable(losses, overlaps, hits)
+        return (losses * step_weights).sum(), losses, overlaps, hits
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        grad_states, grad_weight = ctx.saved_tensors
+        upstream = gradients[0]
+        return (
+            None if grad_states is None else grad_states * upstream,
+            None if grad_weight is None else (grad_weight * upstream).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def chunk_rows(targets: Sequence[int], longest: int) -> tuple[tuple[int, int, int, int], ...]:
+    """Return chunks of at most ``longest`` rows, for `LossRows`, from sorted targets on the host.
+
+    Example:
+        >>> chunk_rows([0, 0, 1, 4], 3)
+        ((0, 3, 0, 2), (3, 4, 4, 5))
+    """
+    bounds = [(start, min(start + longest, len(targets))) for start in range(0, len(targets), longest)]
+    return tuple((start, stop, int(targets[start]), int(targets[stop - 1]) + 1) for start, stop in bounds)
