@@ -26,7 +26,7 @@ from eagle_offline.config import (
     build,
     read_yaml,
 )
-from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_MISMATCH, EXIT_RESUMABLE, EagleOfflineError
+from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_MISMATCH, EXIT_RESUMABLE, EagleOfflineError, UsageError
 
 _LIST_FLAGS = ("--aux-layer-ids",)
 
@@ -233,13 +233,15 @@ def _export(settings: ExportSettings) -> None:
     """Write a trained draft as the directories that vLLM, SGLang and speculators load, or check such a directory."""
     from eagle_offline.stages import check, export
 
+    if (settings.check is None) == (settings.run is None):
+        raise UsageError("export: give the run to export, or --check DIR to check a draft directory, one of the two")
     if settings.check is None:
         _show(export(settings))
         return
     layout = None if settings.to == "both" else settings.to
     report = check(CheckSettings(directory=settings.check, target=settings.target, layout=layout))
     click.echo(report.render_text())
-    if not report.is_clean_as_claimed:
+    if not report.passes(settings.engine):
         raise SystemExit(EXIT_MISMATCH)
 
 

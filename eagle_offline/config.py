@@ -137,8 +137,11 @@ class ExportSettings(Settings):
     output_dir: Path | None = _setting(
         None, "Where the directories go, each under its layout's name; default RUN/export."
     )
+    engine: Literal["vllm", "sglang", "speculators", "eagle"] | None = _setting(
+        None, "With --check: the engine that has to be clean; default all that the layout is meant for."
+    )
     target: str | None = _setting(
-        None, "What engines are to load as the target; default the hub id or directory it was captured from."
+        None, "What engines are to load as the target; default the hub id it was captured from."
     )
     num_draft_tokens: int = _setting(5, "Tokens to draft a round, in the serve commands.", flags=("--num-steps",), gt=0)
     dtype: Literal["bf16", "fp16", "fp32"] = _setting("bf16", "What the weights are stored in.")
@@ -150,6 +153,9 @@ class CheckSettings(Settings):
     directory: Path = _setting(..., "Draft to check, ours or another's.")
     target: str | None = _setting(None, "Directory or hub id of the target, to check the draft against it.")
     layout: Literal["flat", "speculators"] | None = _setting(None, "The layout it must have.")
+    engine: Literal["vllm", "sglang", "speculators", "eagle"] | None = _setting(
+        None, "The engine that has to be clean."
+    )
 
 
 class EvaluateSettings(Settings):
@@ -167,7 +173,7 @@ class EvaluateSettings(Settings):
     top_p: float = _setting(1.0, "Probability mass that tokens are drawn from.", gt=0, le=1)
     max_new_tokens: int = _setting(256, "Longest answer.", gt=0)
     batch_size: int = _setting(8, "Prompts answered together.", gt=0)
-    seed: int = _setting(0, "Of sampled decoding.", ge=0)
+    seed: int = _setting(0, "Of sampled decoding; the batch size has a say in the answers too.", ge=0, lt=1 << 31)
     compare_untrained: bool = _setting(False, "Decode with an untrained draft of the same shape too.")
     any_target: bool = _setting(False, "Accept a target of the same shape with other weights than the draft's.")
     output_dir: Path | None = _setting(None, "Write evaluation.json and a page with plots here.")

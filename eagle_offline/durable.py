@@ -11,6 +11,7 @@ import fcntl
 import os
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -70,6 +71,22 @@ def make_directory(directory: Path) -> None:
             directory.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise EagleOfflineError(f"{directory}: a file stands where a directory is needed") from error
+
+
+def require_writable(directory: Path, flag: str) -> None:
+    """Make ``directory`` and see that files can be made in it; ``flag`` is where the user gave it.
+
+    Raises:
+        UsageError: it cannot be written. SpaceError: no room left.
+    """
+    try:
+        make_directory(directory)
+        with explained_os_errors(directory), tempfile.TemporaryFile(dir=directory):
+            pass
+    except SpaceError:
+        raise
+    except EagleOfflineError as error:
+        raise UsageError(f"{flag} {directory}: cannot be written ({error}); choose another") from error
 
 
 @contextmanager

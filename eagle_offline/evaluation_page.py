@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from eagle_offline.durable import make_directory, write_bytes
 from eagle_offline.errors import DataError
-from eagle_offline.pages import Row, html_plot, html_table, text_facts, text_table, write_page, write_plot
+from eagle_offline.pages import Row, html_facts, html_plot, html_table, text_facts, text_table, write_page, write_plot
 
 # Reading a report needs no torch.
 if TYPE_CHECKING:
     from eagle_offline.serving.results import Evaluation
 
 EVALUATION_FILE = "evaluation.json"
+
+EXPLANATION = (
+    "<p>Accept length: tokens a verification yields, the target's own included. Walked: what the draft's hits along "
+    "these answers predict for greedy decoding, round for round. Simulated: the mean over all their positions, as if a "
+    "round could begin at any of them. A draft's validation while it trains covers other answers.</p>"
+)
 
 
 def read_evaluation(directory: Path) -> dict[str, Any]:
@@ -75,6 +81,8 @@ def facts(figures: dict[str, Any]) -> list[Row]:
     ]
     if figures["num_identical"] is not None:
         rows.append(("same as without draft", f"{figures['num_identical']} of {figures['num_answers']} answers"))
+    if figures["num_unasked"]:
+        rows.append(("not asked", f"{figures['num_unasked']} turns, after answers that reached the limit"))
     if figures["num_left_out"]:
         rows.append(("left out", f"{figures['num_left_out']} prompts, longer than the target takes"))
     return rows
@@ -95,7 +103,7 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
     write_bytes(directory / EVALUATION_FILE, (json.dumps(figures, indent=2) + "\n").encode())
     plot = plot_decoding(figures, directory)
     sections = [
-        ("Real decoding", html_table([("", ""), *facts(figures)]) + html_table(decoding_rows(figures))),
+        ("Real decoding", html_facts(facts(figures)) + EXPLANATION + html_table(decoding_rows(figures))),
         ("By depth, by task, by time", html_plot(plot) + html_table(task_rows(figures))),
     ]
     write_page(directory / "evaluation.html", figures["draft"], sections)
@@ -114,20 +122,21 @@ def plot_decoding(figures: dict[str, Any], directory: Path) -> str | None:
         depth.set(title="rounds that accepted the draft", xlabel="depth", ylim=(0, 1), xticks=list(depths))
         tasks = first["tasks"]
         places = range(len(tasks))
-        for offset, (key, label) in enumerate((("accept_length", "real"), ("walked_accept_length", "walked"))):
-            lengths = [found[key] or 0 for found in tasks.values()]
-            task.barh([place + 0.4 * offset for place in places], lengths, height=0.4, label=label)
-        widest = figures["num_draft_tokens"] + 2
+        task.barh(places, [found["accept_length"] for found in tasks.values()], color="tab:gray", label="real")
+        for key, mark in (("walked", "o"), ("simulated", "|")):
+            lengths = [found[f"{key}_accept_length"] for found in tasks.values()]
+            task.plot(lengths, places, mark, color="black", label=key)
         task.set(title="accept length", xlabel="tokens a round", yticks=list(places), yticklabels=list(tasks))
-        task.set(xlim=(0, widest))  # room for the legend
+        task.set(xlim=(0, figures["num_draft_tokens"] + 2))  # room for the legend
+        task.invert_yaxis()
         bottom = [0.0] * (len(drafters) + 1)
         names = ["no draft", *drafters]
-        for phase in ("draft", "verify"):
+        for phase, color in (("draft", "tab:green"), ("verify", "tab:purple")):
             shares = [
                 1e3 * result[f"{phase}_seconds"] / max(result["num_tokens"], 1)
                 for result in (figures["plain"], *drafters.values())
             ]
-            time.bar(names, shares, bottom=bottom, label=phase)
+            time.bar(names, shares, bottom=bottom, label=phase, color=color)
             bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
         time.set(title="time a token", ylabel="ms")
 

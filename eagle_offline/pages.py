@@ -34,8 +34,13 @@ def html_table(rows: Sequence[Row]) -> str:
     """Return a table whose first row is its head."""
     head, *body = rows
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    return f"<table><tr>{cells}</tr>{lines}</table>"
+    return html_facts(body).replace("<table>", f"<table><tr>{cells}</tr>", 1)
+
+
+def html_facts(rows: Sequence[Row]) -> str:
+    """Return a table of facts, without a head."""
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table>{lines}</table>"
 
 
 def html_plot(name: str | None) -> str:

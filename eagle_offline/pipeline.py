@@ -61,7 +61,7 @@ def _check(settings: CheckSettings) -> Any:
 
     report = stages.check(settings)
     print("\n".join(report.conclusions()), end="\n\n")  # noqa: T201
-    if not report.is_clean_as_claimed:
+    if not report.passes(settings.engine):
         raise MismatchError(f"{settings.directory}: not clean; see export --check {settings.directory}")
 
 

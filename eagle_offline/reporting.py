@@ -9,9 +9,9 @@ from typing import Any
 
 from eagle_offline.durable import make_directory, write_bytes
 from eagle_offline.errors import DataError
-from eagle_offline.evaluation_page import decoding_rows, plot_decoding, read_evaluation, task_rows
+from eagle_offline.evaluation_page import EXPLANATION, decoding_rows, facts, plot_decoding, read_evaluation, task_rows
 from eagle_offline.inspection import describe_cache
-from eagle_offline.pages import html_plot, html_table, text_facts, text_table, write_page, write_plot
+from eagle_offline.pages import html_facts, html_plot, html_table, text_facts, text_table, write_page, write_plot
 from eagle_offline.training.logbook import read_metrics
 
 
@@ -94,12 +94,12 @@ def write_report(summary: dict[str, Any], run: Path, directory: Path) -> None:
     if evaluation is not None:
         plot = plot_decoding(evaluation, directory)
         tables = html_table(decoding_rows(evaluation)) + html_plot(plot) + html_table(task_rows(evaluation))
-        sections.append(("Real decoding", tables))
+        sections.append(("Real decoding", html_facts(facts(evaluation)) + EXPLANATION + tables))
     curves = _plot_curves(read_metrics(run), summary, directory)
     heldout = html_table([("", "untrained", "trained"), *table_rows(summary)])
     sections += [
         ("Held-out conversations", heldout + html_plot(curves)),
-        ("Cache", html_table([("", ""), *cache_rows(summary)])),
+        ("Cache", html_facts(cache_rows(summary))),
         ("Time", html_table([("stage", "seconds"), *_second_rows(summary)])),
     ]
     write_page(directory / "report.html", summary["run"], sections)

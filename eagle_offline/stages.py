@@ -20,7 +20,7 @@ from eagle_offline.config import (
     TokenizeSettings,
     TrainSettings,
 )
-from eagle_offline.durable import exclusive, make_directory
+from eagle_offline.durable import exclusive, make_directory, require_writable
 from eagle_offline.errors import StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
@@ -173,7 +173,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     from eagle_offline.target.layout import default_aux_layer_ids
     from eagle_offline.target.load import load_config, resolve_target
 
-    if settings.run is None or settings.check is not None:
+    if settings.run is None:
         raise UsageError("export: give the run to export, or --check DIR to check a draft directory, one of the two")
     draft = load_draft(str(settings.run), "RUN")
     origin, target = draft.origin, settings.target
@@ -193,7 +193,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     layouts: tuple[Literal["flat", "speculators"], ...] = ("flat", "speculators")
     if settings.to != "both":
         layouts = (settings.to,)
-    make_directory(root)
+    require_writable(root, "--output-dir")
     return {
         layout: export_draft(
             draft,
@@ -227,12 +227,15 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     Raises:
         EagleOfflineError: see `eagle_offline.errors`.
     """
+    from eagle_offline.evaluation_page import write_evaluation
     from eagle_offline.serving.evaluate import evaluate_draft
 
-    evaluation = evaluate_draft(settings, load_draft(settings.draft, "--draft"))
     if settings.output_dir is not None:
-        from eagle_offline.evaluation_page import write_evaluation
-
+        # Before anything is decoded: what cannot be written is not worth waiting for.
+        require_writable(settings.output_dir, "--output-dir")
+    with StopRequest(0) as stop:
+        evaluation = evaluate_draft(settings, load_draft(settings.draft, "--draft"), stop)
+    if settings.output_dir is not None:
         write_evaluation(evaluation, settings.output_dir)
     return evaluation
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from eagle_offline.config import EvaluateSettings
 from eagle_offline.devices import resolve_device
+from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
 from eagle_offline.provenance import describe_environment
 from eagle_offline.serving.decoding import Limits
@@ -26,10 +27,11 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _UNBOUNDED_TOKENS = 1 << 20
 
 
-def evaluate_draft(settings: EvaluateSettings, draft: ServedDraft) -> Evaluation:
+def evaluate_draft(settings: EvaluateSettings, draft: ServedDraft, stop: StopRequest) -> Evaluation:
     """Return what a draft is worth beside its target.
 
     Raises:
+        StoppedEarly: asked to stop.
         EagleOfflineError: target, draft or prompts that cannot be read, or that do not belong together.
     """
     sampling = Sampling(settings.temperature, settings.top_p)
@@ -56,7 +58,7 @@ def evaluate_draft(settings: EvaluateSettings, draft: ServedDraft) -> Evaluation
     )
     num_turns = sum(len(conversation.turns) for conversation in conversations)
     with Progress("evaluate", num_turns, unit="answers") as progress:
-        evaluation = Evaluator(both, template, drafts, plan).run(conversations, progress.reach)
+        evaluation = Evaluator(both, template, drafts, plan).run(conversations, progress.reach, lambda: stop.requested)
     return evaluation.model_copy(
         update={
             "draft": settings.draft,

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
-from eagle_offline.errors import DataError
+from eagle_offline.errors import DataError, StoppedEarly
 from eagle_offline.serving.cached_target import CachedTarget
 from eagle_offline.serving.chain import ChainDrafter
 from eagle_offline.serving.decoding import Answer, Limits, Seconds, decode
@@ -96,9 +96,13 @@ class Evaluator:
         self._seconds = {name: Seconds() for name in self._drafters}
         self._counts: dict[str, dict[str, _Counts]] = {name: {} for name in self._drafters}
         self._num_left_out = 0
+        self._num_unasked = 0
+        self._longest_prompt = 0
         self._num_identical = 0
 
-    def run(self, conversations: Sequence[Conversation], report: Callable[[int], None]) -> Evaluation:
+    def run(
+        self, conversations: Sequence[Conversation], report: Callable[[int], None], stop: Callable[[], bool]
+    ) -> Evaluation:
         """Answer every turn of every conversation and return the figures.
 
         Turns are asked one after the other, with the answers of plain decoding between them; a conversation ends
@@ -106,10 +110,11 @@ class Evaluator:
 
         Args:
             conversations: what is asked.
-            report: called with the number of turns answered so far.
+            report: called with the number of turns done so far, those that will not be asked included.
+            stop: asked before every batch.
 
         Raises:
-            DataError: no prompt that could be answered.
+            DataError: no prompt that could be answered. StoppedEarly: asked to stop.
         """
         histories: list[list[Message]] = [[] for _ in conversations]
         going = list(range(len(conversations)))
@@ -121,8 +126,12 @@ class Evaluator:
             fitting = [index for index in going if prompts[index]]
             self._num_left_out += len(going) - len(fitting)
             order = sorted(fitting, key=lambda index: len(prompts[index]))
-            going = []
+            asked, going = going, []
             for start in range(0, len(order), self._plan.batch_size):
+                if stop():
+                    raise StoppedEarly(
+                        f"stopped by a signal after {num_turns} answers; nothing was written: run it again"
+                    )
                 batch = order[start : start + self._plan.batch_size]
                 tasks = [conversations[index].task for index in batch]
                 answers = self._answer([prompts[index] for index in batch], tasks, num_turns)
@@ -134,8 +143,15 @@ class Evaluator:
                         histories[index].append(Message("assistant", str(text)))
                         going.append(index)
             turn += 1
+            # A conversation that broke off leaves its further turns unasked.
+            ended = set(asked) - set(going)
+            self._num_unasked += sum(len(conversations[index].turns) - turn for index in ended)
+            report(num_turns + self._num_left_out + self._num_unasked)
         if not num_turns:
-            raise DataError(f"no prompt could be answered: all {self._num_left_out} are longer than the target takes")
+            raise DataError(
+                f"no prompt could be answered: the longest of {self._num_left_out} has {self._longest_prompt} tokens, "
+                f"and the target takes {self._plan.max_tokens} with answer and drafts: lower --max-new-tokens"
+            )
         return self._evaluation(num_turns)
 
     def _encode(self, conversation: Conversation, history: list[Message]) -> list[int]:
@@ -145,6 +161,7 @@ class Evaluator:
         except RowProblem as problem:
             raise DataError(f"a prompt of task {conversation.task}: {problem.detail}") from problem
         limit = self._plan.max_tokens - self._plan.limits.max_new_tokens - self._plan.num_draft_tokens
+        self._longest_prompt = max(self._longest_prompt, len(ids))
         return ids if 0 < len(ids) <= limit else []
 
     def _answer(self, prompts: list[list[int]], tasks: list[str], number: int) -> list[Answer]:
@@ -185,6 +202,7 @@ class Evaluator:
             seed=plan.seed,
             num_answers=num_turns,
             num_left_out=self._num_left_out,
+            num_unasked=self._num_unasked,
             num_identical=self._num_identical if plan.sampling.greedy else None,
             plain=plain,
             drafters=drafters,

@@ -76,7 +76,8 @@ def check_belongs(draft: ServedDraft, name: str, source: TargetSource, *, any_ch
         if digest != origin.target_digest:
             raise MismatchError(
                 f"{name} was made for {origin.target_id} with digest {origin.target_digest}, but {source.directory} "
-                f"has {digest}: other weights or config; pass --any-target to go on all the same"
+                f"has {digest}: its weights, config, tokenizer or chat template differ; pass --any-target to go on all "
+                "the same"
             )
 
 

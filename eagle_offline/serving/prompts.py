@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from eagle_offline.errors import DataError
-from eagle_offline.text.conversations import Message, RowProblem, parse_messages, parse_tools
+from eagle_offline.text.conversations import CONVERSATION_KEYS, Message, RowProblem, parse_messages, parse_tools
 from eagle_offline.text.rows import iter_rows
 from eagle_offline.text.sources import resolve_sources
 
@@ -88,6 +89,14 @@ def read_prompts(input_data: str, *, split: str | None = None, limit: int | None
 
 
 def _parse(value: Mapping[str, Any]) -> Conversation:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise RowProblem("invalid-text", "half a surrogate pair in it; expected text") from error
+    if not any(value.get(key) for key in (*CONVERSATION_KEYS, "turns", "prompt")):
+        found = ", ".join(sorted(map(str, value))[:8]) or "none"
+        expected = "`prompt`, `turns`, `messages` or `conversations`"
+        raise RowProblem("no-question", f"nothing is asked in it: keys are {found}; expected {expected}, not empty")
     task = next((str(value[key]) for key in _TASK_KEYS if value.get(key)), _NO_TASK)
     questions = [value["prompt"]] if isinstance(value.get("prompt"), str) else value.get("turns")
     if isinstance(questions, list) and questions and all(isinstance(text, str) and text for text in questions):

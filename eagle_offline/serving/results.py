@@ -69,7 +69,8 @@ class Evaluation(_Figures):
     Attributes:
         draft, target, prompts: what was given.
         num_draft_tokens: ``K``.
-        num_answers: prompts answered; num_left_out: prompts too long for the target.
+        num_answers: prompts answered; num_left_out: prompts too long for the target; num_unasked: turns after an
+            answer that reached the limit.
         num_identical: answers with drafts that equal those without, token for token; None when sampled.
         plain: without drafts.
         drafters: with each draft, the one in question first.
@@ -89,6 +90,7 @@ class Evaluation(_Figures):
     seed: int
     num_answers: int = Field(ge=0)
     num_left_out: int = Field(ge=0)
+    num_unasked: int = Field(ge=0)
     num_identical: int | None
     plain: PlainResult
     drafters: dict[str, DrafterResult]

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from eagle_offline.errors import UsageError
 
+# Below this a distribution is all on its most likely token, and logits divided by it leave float32's range.
+_COLDEST = 1e-5
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0 for the most likely token.
+        temperature: 0, or less than 1e-5, for the most likely token.
         top_p: share of the probability mass, most likely tokens first, that tokens are drawn from.
 
     Raises:
@@ -29,11 +32,13 @@ class Sampling:
     def __post_init__(self) -> None:
         # Written so that NaN, which compares false with everything, is out of range too.
         if not (0 <= self.temperature < math.inf and 0 < self.top_p <= 1):
-            raise UsageError("expected a finite --temperature >= 0 and --top-p in (0, 1]")
+            raise UsageError(
+                f"expected a finite --temperature >= 0 and --top-p in (0, 1], found {self.temperature} and {self.top_p}"
+            )
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < _COLDEST
 
     def probs(self, logits: Tensor) -> Tensor:
         """Return the float32 ``[…, V]`` distribution that tokens are drawn from (not for greedy decoding)."""

@@ -58,7 +58,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 KINDS = list(_KINDS)
-WINDOWED = [kind for kind in KINDS if "window" in kind or "chunks" in kind]
+WINDOWED = [kind for kind in KINDS if "window" in kind or "chunks" in kind or kind == "Gemma2"]
 
 
 @cache

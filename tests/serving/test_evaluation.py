@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from eagle_offline.config import EvaluateSettings
+from eagle_offline.serving.evaluation import Evaluator
 from eagle_offline.serving.results import Evaluation
 from eagle_offline.stages import evaluate
 from tests.builders import CHATML, SCRATCH, run_cli, save_target, shared_target, write_jsonl
@@ -121,6 +124,11 @@ def test_sampled_decoding_is_a_function_of_its_seed(run, questions):
     assert (one.num_rounds, one.accept_rate) != (other.num_rounds, other.accept_rate)
 
 
+def test_a_temperature_of_next_to_nothing_is_greedy(run, questions, found):
+    cold = evaluate(chosen(run, questions, temperature=1e-320)).drafters["trained"]
+    assert cold.accept_rate == found[0].drafters["trained"].accept_rate
+
+
 def test_the_command_prints_the_tables(run, questions):
     ended = command(run, questions, "--max-prompts", 1)
     assert ended.code == 0, ended.err
@@ -173,6 +181,8 @@ def test_bad_input_gives_one_line_and_its_code(run, questions, tmp_path):
         (("--draft", run, "--target", shared_target(), "--prompts", no_question), 4),
         (("--draft", run, "--target", shared_target(), "--top-p", 0), 2),
         (("--draft", run, "--target", shared_target(), "--temperature", -1), 2),
+        (("--draft", run, "--target", shared_target(), "--temperature", "nan"), 2),
+        (("--draft", run, "--target", shared_target(), "--temperature", 1, "--seed", 10**20), 2),
         (("--draft", run), 2),
     ]
     for arguments, code in cases:
@@ -181,10 +191,46 @@ def test_bad_input_gives_one_line_and_its_code(run, questions, tmp_path):
         one_error(ended)
 
 
+def test_a_directory_that_cannot_be_written_is_refused_before_anything_is_decoded(run, questions, tmp_path):
+    (tmp_path / "file").write_text("x")
+    ended = command(run, questions, "--output-dir", tmp_path / "file")
+    assert ended.code == 2
+    assert "cannot be written" in one_error(ended)
+    assert "evaluate:" not in ended.err
+    assert run_cli("export", run, "--target", shared_target(), "--output-dir", tmp_path / "file").code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_an_evaluation_in_one_line(number, run, questions, monkeypatch):
+    original = Evaluator._answer
+
+    def interrupted(self, *arguments):
+        os.kill(os.getpid(), number)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Evaluator, "_answer", interrupted)
+    ended = command(run, questions, "--batch-size", 1)
+    assert ended.code == 5
+    assert "stopped by a signal after 1 answers" in one_error(ended)
+
+
+def test_turns_after_an_answer_that_reached_the_limit_are_counted(run, tmp_path):
+    rows = [{"turns": ["red?", "blue?", "green?"]}]
+    evaluation = evaluate(chosen(run, write_jsonl(tmp_path / "p.jsonl", rows), max_new_tokens=1))
+    assert (evaluation.num_answers, evaluation.num_unasked) == (1, 2)
+
+
+def test_export_writes_or_checks_but_not_both(run, tmp_path):
+    for arguments in (("export",), ("export", run, "--check", tmp_path)):
+        ended = run_cli(*arguments)
+        assert ended.code == 2
+        assert "one of the two" in one_error(ended)
+
+
 def test_prompts_longer_than_the_target_takes_are_left_out_and_counted(run, tmp_path):
     rows = [{"prompt": "red " * 2000}, {"prompt": "blue"}]
     questions = write_jsonl(tmp_path / "long.jsonl", rows)
     assert evaluate(chosen(run, questions)).num_left_out == 1
     ended = command(run, write_jsonl(tmp_path / "all.jsonl", rows[:1]))
     assert ended.code == 4
-    assert "longer than the target takes" in one_error(ended)
+    assert "lower --max-new-tokens" in one_error(ended)
