@@ -171,13 +171,16 @@ def _precompute(settings: PrecomputeSettings) -> None:
     eagle-offline train --cache C --output-dir O
     eagle-offline train --cache C --output-dir O --resume
     eagle-offline train --config train.yaml --learning-rate 5e-5
+    torchrun --nproc-per-node 8 -m eagle_offline train --cache C --output-dir O --global-batch 8
     """,
 )
 def _train(settings: TrainSettings) -> None:
-    """Train an EAGLE-3 draft from a cache; the target is never loaded."""
+    """Train an EAGLE-3 draft from a cache; the target is never loaded. Start it with torchrun for several GPUs."""
     from eagle_offline.stages import train
 
-    _show(train(settings))
+    result = train(settings)
+    if os.environ.get("RANK", "0") == "0":
+        _show(result)
 
 
 @cli.command("inspect-manifest", cls=_Command, epilog="eagle-offline inspect-manifest C --verify")

@@ -128,15 +128,22 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     Raises:
         EagleOfflineError: see `eagle_offline.errors`.
     """
+    from eagle_offline.devices import resolve_device
     from eagle_offline.training.loop import check_output_directory, run
+    from eagle_offline.training.ranks import joined, read_ranks
 
+    device, stop = resolve_device(settings.device), StopRequest(0)  # the step in hand is always finished: it is short
+    if not read_ranks().is_first:
+        with stop, joined(device) as ranks:
+            return run(settings, stop, ranks)
     check_output_directory(settings)
     with (
         exclusive(settings.output_dir, "training"),
         reported_status(settings.output_dir),
-        StopRequest(0) as stop,  # the step in hand is always finished: it is short
+        stop,
+        joined(device) as ranks,
     ):
-        return run(settings, stop)
+        return run(settings, stop, ranks)
 
 
 def load_draft(name: str, flag: str) -> ServedDraft:

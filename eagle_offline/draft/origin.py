@@ -73,5 +73,14 @@ def read_origin(directory: Path) -> DraftOrigin | None:
         return DraftOrigin.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError) as error:
+    except OSError as error:
         raise DataError(f"{path}: not a draft's origin: {one_line(error)}") from error
+    except ValidationError as error:
+        raise DataError(f"{path}: not a draft's origin: {_first_fault(error)}") from error
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Return the first field that is wrong and what is wrong with it."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    return one_line(f"{field}: {first['msg']}" if field else first["msg"])

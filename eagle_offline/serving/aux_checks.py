@@ -129,8 +129,11 @@ def _aux_ids_in_range(subject: Subject) -> Iterator[Finding]:
 
 @checks("default-aux-ids")
 def _default_aux_ids(subject: Subject) -> Iterator[Finding]:
-    outputs = subject.outputs if subject.executed is None else outputs_of(subject.executed)
+    written = subject.outputs if subject.executed is None else outputs_of(subject.executed)
+    trained = subject.origin.aux_layer_ids if subject.origin is not None else None
+    outputs = written if trained is None else trained
     if subject.default_outputs is None:
         yield note("the target's depth is unknown: right only for outputs [1, L//2-1, L-4]")
     elif outputs and outputs != subject.default_outputs:
-        yield problem(f"reads outputs {subject.default_outputs}, the draft was trained on {outputs}")
+        meant = "the config says" if trained is None else "the draft was trained on"
+        yield problem(f"reads outputs {subject.default_outputs}, {meant} {outputs}")

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
 
 from eagle_offline.errors import one_line
+from eagle_offline.serving.configs import quiet_transformers
 from eagle_offline.serving.findings import Finding, checks, not_applicable, note, problem
 from eagle_offline.serving.layouts import FLAT_ARCHITECTURE, ORIGINAL_ROPE_TYPES
 from eagle_offline.serving.subject import QWEN3_ARCHITECTURES, Subject
@@ -107,8 +109,10 @@ def _llama_fields(subject: Subject) -> Iterator[Finding]:
 @checks("activation")
 def _activation(subject: Subject) -> Iterator[Finding]:
     found = subject.config.fields.get("hidden_act", "silu")
-    if found != "silu":
-        yield problem(f"hidden_act {found!r}: expected silu")
+    if not isinstance(found, str) or found not in ACT2FN:
+        yield problem(f"hidden_act {found!r} is no activation: expected silu")
+    elif found != "silu":
+        yield problem(f"hidden_act {found!r}: expected silu", "vllm", "sglang")
 
 
 @checks("no-biases")
@@ -269,7 +273,8 @@ def effective_rope(fields: dict[str, Any]) -> dict[str, Any] | str:
     given = {name: fields[name] for name in _ROPE_FIELDS if fields.get(name) is not None}
     given = {name: dict(value) if isinstance(value, dict) else value for name, value in given.items()}
     try:
-        return without_alias(dict(LlamaConfig(**given).rope_parameters or {}))
+        with quiet_transformers():
+            return without_alias(dict(LlamaConfig(**given).rope_parameters or {}))
     except Exception as error:  # transformers validates with exceptions of several kinds
         return one_line(error)
 

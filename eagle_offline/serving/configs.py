@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging as transformers_logging
 
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig
 from eagle_offline.errors import DataError, MismatchError
@@ -72,6 +77,23 @@ class ConfigFile:
             raise DataError(f"{self.path}: {AUX_IDS_FIELD}: expected a list of integers, found {value!r}")
         return value
 
+    def refuse_unknown_rope_type(self) -> None:
+        """Raise unless every RoPE type written is one that can be computed here.
+
+        Raises:
+            MismatchError: another one.
+        """
+        known = ["default", *sorted(ROPE_INIT_FUNCTIONS)]
+        for name in ("rope_parameters", "rope_scaling"):
+            written = self.fields.get(name)
+            if not isinstance(written, dict):
+                continue
+            key = next((key for key in ("rope_type", "type") if key in written), None)
+            if key is not None and written[key] not in known:
+                raise MismatchError(
+                    f"{self.path}: {name}.{key}: expected one of {', '.join(known)}, found {written[key]!r}"
+                )
+
     @property
     def vocab_size(self) -> int:
         """``V``.
@@ -113,6 +135,17 @@ def read_config(directory: Path) -> ConfigFile:
         f"{path}: not a draft's config: expected model_type {Eagle3DraftConfig.model_type}, speculators_model_type, "
         f"or draft_vocab_size; found model_type {content.get('model_type')!r}"
     )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from logging what it thinks of a config: what is wrong is said in an error or a finding."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def aux_layer_ids_of(config: ConfigFile) -> list[int] | None:

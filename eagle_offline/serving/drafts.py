@@ -15,7 +15,7 @@ from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
 from eagle_offline.draft.files import VOCAB_FILE, VOCAB_TENSOR
 from eagle_offline.draft.origin import DraftOrigin, read_origin
 from eagle_offline.errors import DataError, MismatchError, one_line
-from eagle_offline.serving.configs import ConfigFile, DraftLayout, aux_layer_ids_of, read_config
+from eagle_offline.serving.configs import ConfigFile, DraftLayout, aux_layer_ids_of, quiet_transformers, read_config
 from eagle_offline.serving.layouts import (
     EMBEDDINGS_TENSOR,
     HEAD_TENSOR,
@@ -71,7 +71,8 @@ def read_draft(directory: Path) -> ServedDraft:
     A draft vocabulary whose ids are not in order is put in order, and the head's rows with it.
 
     Raises:
-        DataError: not a draft, files missing or torn, tensors missing or of other shapes than the config says.
+        DataError: not a draft, files missing or torn, tensors missing, not finite, or of other shapes than the config
+            says.
         MismatchError: config, tensors and ids disagree, or the draft needs something that is not implemented.
     """
     file = read_config(directory)
@@ -81,7 +82,7 @@ def read_draft(directory: Path) -> ServedDraft:
     names = _names(file, files, config)
     _check_shapes(files, config, names)
     ids = _native_ids(file) if file.layout == "native" else _ids(file, files, config)
-    tensors = {ours: files.read(theirs) for ours, theirs in names.items()}
+    tensors = {ours: _read_finite(files, theirs) for ours, theirs in names.items()}
     order = ids.argsort()
     if not torch.equal(order, torch.arange(len(ids))):
         ids, tensors[HEAD_TENSOR] = ids[order], tensors[HEAD_TENSOR][order]
@@ -116,16 +117,17 @@ def model_config(file: ConfigFile, num_aux: int) -> Eagle3DraftConfig:
     sizes["head_dim"] = file.integer("head_dim", max(1, sizes["hidden_size"] // sizes["num_attention_heads"]))
     sizes["num_hidden_layers"] = file.integer("num_hidden_layers", 1)
     try:
-        return draft_config(
-            file.fields,
-            **sizes,
-            vocab_size=file.vocab_size,
-            draft_vocab_size=file.integer("draft_vocab_size", file.vocab_size, nested=False),
-            target_hidden_size=file.target_hidden_size,
-            num_aux_hidden_states=num_aux,
-            fc_norm=file.flag("fc_norm"),
-            norm_output=file.flag("norm_output"),
-        )
+        with quiet_transformers():
+            return draft_config(
+                file.fields,
+                **sizes,
+                vocab_size=file.vocab_size,
+                draft_vocab_size=file.integer("draft_vocab_size", file.vocab_size, nested=False),
+                target_hidden_size=file.target_hidden_size,
+                num_aux_hidden_states=num_aux,
+                fc_norm=file.flag("fc_norm"),
+                norm_output=file.flag("norm_output"),
+            )
     except (DataError, MismatchError):
         raise
     except Exception as error:  # transformers validates each field with an exception of its own
@@ -134,6 +136,7 @@ def model_config(file: ConfigFile, num_aux: int) -> Eagle3DraftConfig:
 
 def _model_config(file: ConfigFile, files: TensorFiles) -> Eagle3DraftConfig:
     _refuse_what_cannot_run(file, files)
+    file.refuse_unknown_rope_type()
     width = file.target_hidden_size
     fc = files.headers.get("fc.weight")
     if fc is None or len(fc.shape) != 2:
@@ -177,7 +180,9 @@ def _refuse_what_cannot_run(file: ConfigFile, files: TensorFiles) -> None:
         "tie_word_embeddings": content.get("tie_word_embeddings") or fields.get("tie_word_embeddings"),
         "sliding attention": isinstance(layer_types, list) and "sliding_attention" in layer_types,
         "a scale or cap on the draft's logits": scaled,
-        "quantized weights": content.get("quantization_config") or _unknown_dtype(files),
+        "quantized weights": file.fields.get("quantization_config")
+        or content.get("quantization_config")
+        or _unknown_dtype(files),
         f"hidden_act {fields.get('hidden_act')!r}": str(fields.get("hidden_act", "silu")) not in ACT2FN,
     }
     reasons = [reason for reason, refuse in refused.items() if refuse]
@@ -221,6 +226,13 @@ def _check_shapes(files: TensorFiles, config: Eagle3DraftConfig, names: dict[str
         found = files.headers[names[name]].shape
         text = f"{files.directory}: {names[name]}: expected shape {list(shape)} from the config, found {list(found)}"
         raise MismatchError(f"{text} (draft_vocab_size)") if name == HEAD_TENSOR else DataError(text)
+
+
+def _read_finite(files: TensorFiles, name: str) -> Tensor:
+    tensor = files.read(name)
+    if not bool(tensor.isfinite().all()):
+        raise DataError(f"{files.headers[name].file}: {name} holds NaN or infinity: train or download this draft again")
+    return tensor
 
 
 def _native_ids(file: ConfigFile) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ from safetensors.torch import save_file
 from eagle_offline.draft.files import MODEL_FILE
 from eagle_offline.draft.origin import ORIGIN_FILE
 from eagle_offline.durable import (
+    TEMPORARY_MARK,
     explained_os_errors,
     fsync_directory,
     fsync_file,
-    make_directory,
+    is_alive,
+    require_writable,
     temporary_sibling,
 )
-from eagle_offline.errors import MismatchError, UsageError
+from eagle_offline.errors import MismatchError, UsageError, one_line
 from eagle_offline.serving.check import check_draft
 from eagle_offline.serving.drafts import ServedDraft
 from eagle_offline.serving.layouts import DTYPES, ExportLayout, flat_layout, speculators_layout
@@ -60,8 +64,8 @@ def export_draft(
         and ``engines``: by engine, ``claimed``, ``clean`` and the problems found.
 
     Raises:
-        UsageError: an unknown layout or dtype, or no tokens to draft.
-        MismatchError: something else stands in the directory, or the layout cannot hold this draft.
+        UsageError: an unknown layout or dtype, no tokens to draft, or a directory that cannot be made.
+        MismatchError: the directory holds something else, or the layout cannot hold this draft.
         SpaceError: no room left.
     """
     _check_request(draft, layout, output_dir, dtype, num_draft_tokens)
@@ -129,18 +133,31 @@ def _check_request(
         )
     if carries_embeddings(draft, layout) and not draft.has_embeddings:
         raise MismatchError("this draft trained its own embeddings, and they are not in its directory")
+    try:
+        _check_place(output_dir)
+        require_writable(output_dir.parent, "--output-dir")
+    except OSError as error:
+        raise _no_place(output_dir, error) from error
+
+
+def _check_place(output_dir: Path) -> None:
     if output_dir.is_symlink() or (output_dir.exists() and not output_dir.is_dir()):
-        raise MismatchError(f"{output_dir}: something other than a directory is there: choose another --output-dir")
+        raise UsageError(f"{output_dir}: something other than a directory is there: choose another --output-dir")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not _is_former_export(output_dir):
         raise MismatchError(
             f"{output_dir}: not empty and not a former export: nothing there is changed, choose another --output-dir"
         )
 
 
+def _no_place(output_dir: Path, error: OSError) -> UsageError:
+    reason = error.strerror or one_line(error)
+    return UsageError(f"{output_dir}: no directory can be made there: {reason}: choose another --output-dir")
+
+
 def _is_former_export(directory: Path) -> bool:
-    if not {path.name for path in directory.iterdir()} <= {CONFIG_FILE, MODEL_FILE, ORIGIN_FILE, CARD_FILE}:
-        return False
     try:
+        if not {path.name for path in directory.iterdir()} <= {CONFIG_FILE, MODEL_FILE, ORIGIN_FILE, CARD_FILE}:
+            return False
         with safe_open(directory / MODEL_FILE, framework="pt") as opened:
             return opened.metadata() == _METADATA
     except (OSError, SafetensorError):
@@ -159,10 +176,13 @@ def _put_in_place(
     output_dir: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], card: CardFacts
 ) -> CheckReport:
     """Write beside, make durable, check, and take the directory's place; return what the check found."""
-    make_directory(output_dir.parent)
     sibling, former = temporary_sibling(output_dir), temporary_sibling(output_dir)
-    with explained_os_errors(output_dir):
+    _remove_abandoned(output_dir)
+    try:
         sibling.mkdir()
+    except OSError as error:
+        raise _no_place(output_dir, error) from error
+    with explained_os_errors(output_dir):
         try:
             (sibling / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
             save_file(tensors, sibling / MODEL_FILE, metadata=_METADATA)
@@ -182,4 +202,21 @@ def _put_in_place(
                 os.rename(former, output_dir)
             for path in (sibling, former):
                 shutil.rmtree(path, ignore_errors=True)
+    _remove_abandoned(output_dir)
     return report
+
+
+def _remove_abandoned(output_dir: Path) -> None:
+    """Remove what exports to the same place left beside it when they were killed on this host.
+
+    Killed between its two renames, an export leaves nothing in place and both directories, the former and the one that
+    was to follow, beside it. As long as no whole export is in place they may be all that there is, and stay.
+    """
+    if not _is_former_export(output_dir):
+        return
+    prefix = f".{output_dir.name}{TEMPORARY_MARK}{socket.gethostname()}-"
+    with suppress(OSError):
+        for path in list(output_dir.parent.iterdir()):
+            process_id = path.name.removeprefix(prefix).partition("-")[0]
+            if path.name.startswith(prefix) and process_id.isdigit() and not is_alive(int(process_id)):
+                shutil.rmtree(path, ignore_errors=True)

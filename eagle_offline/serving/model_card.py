@@ -63,7 +63,6 @@ def _front_matter(facts: CardFacts) -> str:
         [
             "---",
             f"base_model: {json.dumps(facts.target_name)}",
-            "library_name: transformers",
             "pipeline_tag: text-generation",
             "tags:",
             *(f"- {tag}" for tag in ("speculative-decoding", "eagle3", "draft-model", "eagle-offline")),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eagle_offline.serving.configs import DraftLayout
-from eagle_offline.serving.rules import ENGINE_NAMES, ENGINES, RULES, Effect, Engine
+from eagle_offline.serving.rules import ENGINE_NAMES, ENGINES, RULES, SERVING_ENGINES, Effect, Engine
 
 Status = Literal["ok", "problem", "note", "not applicable"]
 
@@ -52,8 +52,16 @@ class CheckReport:
 
     @property
     def is_clean_as_claimed(self) -> bool:
-        """Whether every engine that it is meant for serves it as it was trained."""
-        return bool(self.claimed) and all(self.is_clean(engine) for engine in self.claimed)
+        """Whether every engine that it is meant for, a serving one among them, serves it as it was trained."""
+        return self._has_serving_engine and all(self.is_clean(engine) for engine in self.claimed)
+
+    @property
+    def _has_serving_engine(self) -> bool:
+        return any(engine in self.claimed for engine in SERVING_ENGINES)
+
+    def passes(self, engine: Engine | None) -> bool:
+        """Return the verdict on one engine, or with None on all engines that the draft is meant for."""
+        return self.is_clean_as_claimed if engine is None else self.is_clean(engine)
 
     def verdict(self, rule: str, engine: Engine) -> Verdict:
         """Return one verdict."""
@@ -79,33 +87,43 @@ class CheckReport:
             ],
         }
 
-    def render_text(self) -> str:
-        """Return the report as a table, rule by engine, with what was found under each rule."""
+    def render_text(self, engine: Engine | None = None) -> str:
+        """Return the report as a table, rule by engine, what was found under each rule, and `conclusions`."""
         width = max(len(rule.id) for rule in RULES) + 2
-        columns = [max(len(ENGINE_NAMES[engine]), 8) + 2 for engine in ENGINES]
+        columns = [max(len(ENGINE_NAMES[each]), 8) + 2 for each in ENGINES]
         head = "rule".ljust(width) + "".join(
-            ENGINE_NAMES[engine].ljust(size) for engine, size in zip(ENGINES, columns, strict=True)
+            ENGINE_NAMES[each].ljust(size) for each, size in zip(ENGINES, columns, strict=True)
         )
         lines = [f"{self.directory}: {self.layout} layout", "", head.rstrip()]
         for rule in RULES:
-            row = [self.verdict(rule.id, engine) for engine in ENGINES]
+            row = [self.verdict(rule.id, each) for each in ENGINES]
             marks = "".join(_MARKS[v.status].ljust(size) for v, size in zip(row, columns, strict=True))
             lines.append((rule.id.ljust(width) + marks).rstrip())
-            for message, engines in _by_message(row).items():
+            for message, names in _by_message(row).items():
                 lines += textwrap.wrap(
-                    f"{', '.join(engines)}: {message}", _TEXT_WIDTH, initial_indent="    ", subsequent_indent="      "
+                    f"{', '.join(names)}: {message}", _TEXT_WIDTH, initial_indent="    ", subsequent_indent="      "
                 )
-        return "\n".join([*lines, "", *self.conclusions()])
+        return "\n".join([*lines, "", *self.conclusions(engine)])
 
-    def conclusions(self) -> list[str]:
-        """Return one line an engine: clean, or how many problems."""
+    def conclusions(self, engine: Engine | None = None) -> list[str]:
+        """Return one line an engine, clean or how many problems, and what `passes` says of which engines."""
         lines = []
-        for engine in ENGINES:
-            problems = len(self.problems(engine))
+        for each in ENGINES:
+            problems = len(self.problems(each))
             state = f"{problems} problem{'s' if problems > 1 else ''}" if problems else "clean"
-            meant = "" if engine in self.claimed else " (not meant for it)"
-            lines.append(f"{ENGINE_NAMES[engine]}: {state}{meant}")
-        return lines
+            meant = "" if each in self.claimed else " (not meant for it)"
+            lines.append(f"{ENGINE_NAMES[each]}: {state}{meant}")
+        return [*lines, self._verdict_line(engine)]
+
+    def _verdict_line(self, engine: Engine | None) -> str:
+        if engine is None and not self._has_serving_engine:
+            return f"verdict: not clean, none of {_names(SERVING_ENGINES)} serves this kind of draft"
+        covered = _names(self.claimed if engine is None else (engine,))
+        return f"verdict: {'clean' if self.passes(engine) else 'not clean'} (covers {covered})"
+
+
+def _names(engines: tuple[Engine, ...]) -> str:
+    return ", ".join(ENGINE_NAMES[engine] for engine in engines)
 
 
 def _by_message(row: list[Verdict]) -> dict[str, list[str]]:

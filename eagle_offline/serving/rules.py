@@ -16,6 +16,8 @@ Engine = Literal["vllm", "sglang", "speculators", "eagle"]
 Effect = Literal["fails", "silent", "ignored", "overwritten", "note"]
 
 ENGINES: Final[tuple[Engine, ...]] = ("vllm", "sglang", "speculators", "eagle")
+# Engines that people serve with; the original code is what the method was published with.
+SERVING_ENGINES: Final[tuple[Engine, ...]] = ("vllm", "sglang", "speculators")
 ENGINE_NAMES: Final[dict[Engine, str]] = {
     "vllm": "vLLM",
     "sglang": "SGLang",
@@ -96,8 +98,9 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "activation",
-        "`hidden_act` is `silu`: vLLM and SGLang have no other for Llama layers.",
-        {"vllm": "fails", "sglang": "fails"},
+        "`hidden_act` is `silu`: vLLM and SGLang have no other for Llama layers, speculators and the original code "
+        "those of transformers.",
+        _all("fails"),
         is_feature=True,
     ),
     Rule(
@@ -193,8 +196,8 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "d2t-offsets",
-        "`d2t` holds int64 offsets (target id minus draft id) that lead to distinct ids inside the vocabulary; ids "
-        "stored as they are lead outside.",
+        "`d2t` holds int64 or int32 offsets (target id minus draft id; engines widen int32 as they load) that lead to "
+        "distinct ids inside the vocabulary; ids stored as they are lead outside.",
         _all("silent"),
     ),
     Rule(
@@ -276,8 +279,15 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "tensors-known",
-        "No tensors beyond those: vLLM raises, the rest leave them unread.",
-        {"vllm": "fails", "sglang": "ignored", "speculators": "ignored", "eagle": "ignored"},
+        "No tensors beyond those: vLLM raises, the rest leave them unread; but SGLang loads `model.x` over `x` or `x` "
+        "over `model.x`, whichever comes last.",
+        {"vllm": "fails", "sglang": "silent", "speculators": "ignored", "eagle": "ignored"},
+    ),
+    Rule(
+        "parameter-dtype",
+        "Parameters are of 16-, 32- or 64-bit floats: every engine casts whole numbers without a word. Quantized ones "
+        "(8-bit floats, or a config with `quantization_config`) are noted: nothing here vouches for their values.",
+        _all("silent"),
     ),
     Rule(
         "shapes",
@@ -353,6 +363,14 @@ RULES: Final[tuple[Rule, ...]] = (
         "target-width",
         "`target_hidden_size`, or else `hidden_size`, is the target's width.",
         _all("fails"),
+    ),
+    Rule(
+        "target-context",
+        "The draft's context (`max_position_embeddings`, times `factor` of a RoPE scaling that does not name the "
+        "original length) is no shorter than the target's: SGLang refuses unless it serves fewer positions or "
+        "`SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN=1` is set; vLLM raises it to the target's where it only sizes a "
+        "table (default, linear, llama3, ntk and proportional RoPE), and otherwise serves no more than the draft's.",
+        {"vllm": "note", "sglang": "fails"},
     ),
     Rule(
         "target-rope",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from eagle_offline.provenance import digest_checkpoint
 from eagle_offline.serving.config_checks import effective_rope
@@ -10,6 +11,9 @@ from eagle_offline.serving.findings import Finding, checks, not_applicable, note
 from eagle_offline.serving.subject import Subject
 
 _NO_TARGET = "no target was given"
+# What transformers gives a Llama config that does not say.
+_DEFAULT_CONTEXT = 2048
+_TOO_LONG = 1 << 53
 
 
 @checks("target-vocabulary")
@@ -30,6 +34,34 @@ def _target_width(subject: Subject) -> Iterator[Finding]:
         yield not_applicable(_NO_TARGET)
     elif found != subject.config.target_hidden_size:
         yield problem(f"the draft reads states of width {subject.config.target_hidden_size}, the target's are {found}")
+
+
+@checks("target-context")
+def _target_context(subject: Subject) -> Iterator[Finding]:
+    if subject.target is None or "max_position_embeddings" not in subject.target:
+        yield not_applicable("no target was given, or it does not say how long its context is")
+        return
+    own, theirs = _context(subject.config.fields), _context(subject.target)
+    if own is None or theirs is None:
+        yield problem("max_position_embeddings, or a RoPE factor, is no number of positions", "sglang")
+    elif own < theirs:
+        found = f"a context of {own} positions, the target's is {theirs}"
+        yield problem(f"{found}: refused, unless served with --context-length {own}", "sglang")
+        yield note(f"{found}: the longer is taken where the RoPE type allows, else the shorter for both", "vllm")
+
+
+def _context(fields: Mapping[str, Any]) -> int | None:
+    """Return how many positions SGLang derives from a config.
+
+    Source: SGLang `utils/hf_transformers/common.py`, `get_context_length`; the keys of other families are left out.
+    """
+    length, rope = fields.get("max_position_embeddings", _DEFAULT_CONTEXT), effective_rope(dict(fields))
+    factor = 1.0
+    if isinstance(rope, dict) and "original_max_position_embeddings" not in rope and rope.get("rope_type") != "llama3":
+        factor = rope.get("factor", 1.0)
+    if not all(isinstance(value, int | float) and 0 < value < _TOO_LONG for value in (length, factor)):
+        return None
+    return int(factor * length)
 
 
 @checks("target-rope")

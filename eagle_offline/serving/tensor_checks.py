@@ -24,7 +24,12 @@ _FC_NORM = "fc_norm."
 _PREFIX = "model."
 # Tensors with rules of their own.
 _RULED = (OFFSETS_TENSOR, MEMBERS_TENSOR, "mask_hidden", _INPUT_NORM)
-_RULED_SUFFIXES = (".bias", "q_norm.weight", "k_norm.weight", "rotary_emb.inv_freq")
+_BUFFER_SUFFIX = "rotary_emb.inv_freq"
+_RULED_SUFFIXES = (".bias", "q_norm.weight", "k_norm.weight", _BUFFER_SUFFIX)
+_NOT_PARAMETERS = (OFFSETS_TENSOR, MEMBERS_TENSOR)
+# As safetensors headers begin for integers and truth values; what is neither this nor a float of ours is quantized.
+_WHOLE_NUMBERS = ("I", "U", "BOOL")
+_QUANTIZED = ("quantization_config", "compression_config")
 
 
 @checks("norm-flags")
@@ -41,15 +46,8 @@ def _norm_flags(subject: Subject) -> Iterator[Finding]:
 
 @checks("tensors-complete")
 def _tensors_complete(subject: Subject) -> Iterator[Finding]:
-    optional = {EMBEDDINGS_TENSOR, HEAD_TENSOR}
-    missing = [
-        name
-        for name in subject.shapes
-        if name not in subject.stored and name not in optional and not name.startswith(_FC_NORM)
-    ]
-    under_prefix = {parameter_name(n.removeprefix(_PREFIX)) for n in subject.files.headers if n.startswith(_PREFIX)}
-    prefixed = bool(missing) and under_prefix.issuperset(missing)
-    if prefixed:
+    missing = _missing(subject)
+    if _is_prefixed(subject):
         yield problem("names begin with `model.`", "vllm", "speculators", "eagle")
     elif missing:
         yield problem(f"missing: {', '.join(missing[:4])}")
@@ -66,6 +64,33 @@ def _tensors_complete(subject: Subject) -> Iterator[Finding]:
     yield problem("lm_head.weight is missing", "eagle")
 
 
+def _missing(subject: Subject) -> list[str]:
+    """Return parameters, by our names, that no engine can do without and that are not there."""
+    optional = {EMBEDDINGS_TENSOR, HEAD_TENSOR}
+    return [
+        name
+        for name in subject.shapes
+        if name not in subject.stored and name not in optional and not name.startswith(_FC_NORM)
+    ]
+
+
+def _prefixed_twins(subject: Subject) -> dict[str, str]:
+    """Return names that begin with `model.`, each with our name of the tensor that it would be without."""
+    return {name: parameter_name(name.removeprefix(_PREFIX)) for name in subject.stored if name.startswith(_PREFIX)}
+
+
+def _is_prefixed(subject: Subject) -> bool:
+    """Say whether all that is missing is there under `model.`."""
+    missing = _missing(subject)
+    return bool(missing) and set(_prefixed_twins(subject).values()).issuperset(missing)
+
+
+def _has_place(subject: Subject, name: str) -> bool:
+    further = {f"layers.{index}.hidden_norm.weight" for index in range(1, subject.model.num_hidden_layers)}
+    known = {*subject.shapes, *further, *_RULED}
+    return name in known or name.startswith(_FC_NORM) or name.endswith(_RULED_SUFFIXES)
+
+
 @checks("layer-zero-name")
 def _layer_zero_name(subject: Subject) -> Iterator[Finding]:
     names = subject.files.headers
@@ -77,17 +102,42 @@ def _layer_zero_name(subject: Subject) -> Iterator[Finding]:
 
 @checks("tensors-known")
 def _tensors_known(subject: Subject) -> Iterator[Finding]:
-    further = {f"layers.{index}.hidden_norm.weight" for index in range(1, subject.model.num_hidden_layers)}
-    known = {*subject.shapes, *further, *_RULED}
-    extra = [
-        name
+    twins = _prefixed_twins(subject)
+    # What `tensors-complete` reports.
+    reported = (
+        {name for name, plain in twins.items() if plain not in subject.stored and _has_place(subject, plain)}
+        if _is_prefixed(subject)
+        else set()
+    )
+    extra = [subject.stored[name] for name in subject.stored if not _has_place(subject, name) and name not in reported]
+    if not extra:
+        return
+    shown = ", ".join(extra[:4])
+    yield problem(f"tensors without a place: {shown}", "vllm")
+    read_twice = (subject.stored.keys() & subject.shapes.keys()) - {HEAD_TENSOR}
+    doubled = [name for name, plain in twins.items() if plain in read_twice]
+    if doubled:
+        yield problem(f"loaded in the place of tensors without the prefix: {', '.join(doubled[:4])}", "sglang")
+    yield note(f"left unread: {shown}", "sglang", "speculators", "eagle")
+
+
+@checks("parameter-dtype")
+def _parameter_dtype(subject: Subject) -> Iterator[Finding]:
+    quantized = any(part.get(name) for part in (subject.config.content, subject.config.fields) for name in _QUANTIZED)
+    dtypes = {
+        subject.stored[name]: subject.header(name).dtype  # type: ignore[union-attr]
         for name in subject.stored
-        if name not in known and not name.startswith((_FC_NORM, _PREFIX)) and not name.endswith(_RULED_SUFFIXES)
-    ]
-    if extra:
-        shown = ", ".join(subject.stored[name] for name in extra[:4])
-        yield problem(f"tensors without a place: {shown}", "vllm")
-        yield note(f"left unread: {shown}", "sglang", "speculators", "eagle")
+        if _has_place(subject, name) and name not in _NOT_PARAMETERS and not name.endswith(_BUFFER_SUFFIX)
+    }
+    other = {name: dtype for name, dtype in dtypes.items() if DTYPES.get(dtype) not in FLOAT_DTYPES}
+    whole = [f"{name} {dtype}" for name, dtype in other.items() if dtype.startswith(_WHOLE_NUMBERS)]
+    if quantized:
+        yield note("quantized, as the config says: nothing here vouches for its weights")
+    elif whole:
+        yield problem(f"parameters of whole numbers: {', '.join(whole[:4])}")
+    elif other:
+        shown = ", ".join(f"{name} {dtype}" for name, dtype in list(other.items())[:4])
+        yield note(f"of a dtype whose values are not checked: {shown}")
 
 
 @checks("shapes")

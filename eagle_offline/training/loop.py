@@ -31,6 +31,7 @@ from eagle_offline.training.corpus import Corpus, open_corpus
 from eagle_offline.training.logbook import METRICS_FILE, Logbook, MetricsRow
 from eagle_offline.training.optimizer import build_optimizer, learning_rate
 from eagle_offline.training.packs import TrainingPack, make_pack, run_pack
+from eagle_offline.training.ranks import Ranks
 from eagle_offline.training.state import (
     CHECKPOINTS_DIRECTORY,
     LATEST_FILE,
@@ -50,9 +51,12 @@ _OWN_ENTRIES = (SETTINGS_FILE, METRICS_FILE, LATEST_FILE, CHECKPOINTS_DIRECTORY,
 class Trainer:
     """One training run: model, optimizer, plan, and where it stands."""
 
-    def __init__(self, settings: TrainSettings, corpus: Corpus):
+    def __init__(self, settings: TrainSettings, corpus: Corpus, ranks: Ranks | None = None):
         self.settings, self.corpus = settings, corpus
-        self.device = torch.device(resolve_device(settings.device))
+        self.ranks = Ranks() if ranks is None else ranks
+        device = resolve_device(settings.device)
+        # One GPU a process: torchrun numbers them.
+        self.device = torch.device(f"cuda:{self.ranks.local_rank}" if device == "cuda" else device)
         cache, identity = corpus.cache, corpus.cache.manifest.identity
         config = draft_config(
             read_target_config(cache.path / "target" / "config.json"),
@@ -112,9 +116,10 @@ class Trainer:
                 yield position, packs[start : start + size]
 
     def load(self, step: tuple[Position, list[np.ndarray]]) -> tuple[Position, list[TrainingPack]]:
-        """Return a step with its packs read and laid out, on the CPU."""
+        """Return a step with this rank's packs read and laid out, on the CPU."""
         position, packs = step
-        return position, [self.pack([self.corpus.cache[int(index)] for index in pack]) for pack in packs]
+        own = packs[self.ranks.rank :: self.ranks.size]
+        return position, [self.pack([self.corpus.cache[int(index)] for index in pack]) for pack in own]
 
     def pack(self, samples: Sequence[Sample]) -> TrainingPack:
         """Return samples laid out for the unroll, on the CPU."""
@@ -123,9 +128,10 @@ class Trainer:
         return make_pack(samples, cache.selected_token_mask, self.settings.ttt_steps, size, self.device)
 
     def heldout_packs(self) -> Iterator[TrainingPack]:
-        """Yield the held-out documents, in cache order, on the training device."""
-        cache = self.corpus.heldout_cache
+        """Yield this rank's share of the held-out documents, in cache order, on the training device."""
+        cache, ranks = self.corpus.heldout_cache, self.ranks
         packs = plan_packs(self.corpus.heldout_samples, cache.lengths, self.settings.tokens_per_batch)
+        packs = packs[ranks.rank :: ranks.size]
         for pack in prefetch(lambda pack: self.pack([cache[int(index)] for index in pack]), packs):
             yield pack.to(self.device)
 
@@ -134,7 +140,7 @@ class Trainer:
         return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
 
     def step(self, packs: Sequence[TrainingPack], tally: Tally) -> float:
-        """Do one optimizer step, its means taken over all its packs; return the gradient norm.
+        """Do one optimizer step, its means taken over the packs of all ranks; return the gradient norm.
 
         Raises:
             EagleOfflineError: loss or gradient is not finite; names the samples.
@@ -142,18 +148,24 @@ class Trainer:
         settings = self.settings
         decays = STEP_DECAY ** torch.arange(settings.ttt_steps, dtype=torch.float64)
         # The counts follow from masks alone, so a slot's share of the whole step's mean is known before any forward.
-        counts = torch.stack([pack.plan.step_counts for pack in packs]).sum(dim=0)
-        weights = (decays / decays.sum() / counts.clamp_min(1)).to(self.device, self.model.dtype)
+        counts = sum((pack.plan.step_counts for pack in packs), torch.zeros(settings.ttt_steps, dtype=torch.int64))
+        counts = counts.to(self.device)
+        self.ranks.add_up(counts)
+        weights = (decays.to(self.device) / decays.sum() / counts.clamp_min(1)).to(self.model.dtype)
+        own = Tally(settings.ttt_steps)
         self.optimizer.zero_grad(set_to_none=True)
         for pack in packs:
             with self.autocast():
                 loss, sums = run_pack(self.model, pack.to(self.device), self._selected_head, weights)
             loss.backward()
-            tally.add(sums)
+            own.add(sums)
+        own.add_up(self.ranks, self.device)
+        tally.take(own)
         rate = learning_rate(self.position.step, self.total_steps, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.ranks.add_up_gradients(trainable)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm))
         if not np.isfinite(grad_norm):
             ids = [sample_id for pack in packs for sample_id in pack.sample_ids]
@@ -174,7 +186,16 @@ class Trainer:
                 self.settings.ttt_steps,
                 self.position.step,
                 self.epochs_done(),
+                self.ranks,
             )
+
+    def any_rank(self, flag: bool) -> bool:
+        """Return whether ``flag`` holds on any rank."""
+        if self.ranks.size == 1:
+            return flag
+        count = torch.tensor(int(flag), device=self.device)
+        self.ranks.add_up(count)
+        return bool(count)
 
     def epochs_done(self) -> float:
         """Return passes over the cache so far."""
@@ -208,7 +229,9 @@ class Trainer:
         )
 
     def save(self, unlogged: Tally) -> None:
-        """Write a checkpoint and drop old ones."""
+        """Write a checkpoint and drop old ones; every rank has the same, the first one writes."""
+        if not self.ranks.is_first:
+            return
         save_checkpoint(
             self.settings.output_dir,
             self.model,
@@ -244,35 +267,57 @@ def check_output_directory(settings: TrainSettings) -> None:
         )
 
 
-def run(settings: TrainSettings, stop: StopRequest) -> dict[str, Any]:
+def run(settings: TrainSettings, stop: StopRequest, ranks: Ranks | None = None) -> dict[str, Any]:
     """Train to the end, or until asked to stop; return the run, its steps and its last checkpoint.
+
+    Args:
+        settings: of the run.
+        stop: a signal that came to any rank stops all after the step in hand.
+        ranks: this process among those of the run.
 
     Raises:
         StoppedEarly: asked to stop; a checkpoint was written. EagleOfflineError: see `eagle_offline.errors`.
     """
-    directory = settings.output_dir
-    check_output_directory(settings)
-    remove_abandoned(directory)
+    directory, ranks = settings.output_dir, Ranks() if ranks is None else ranks
+    if settings.global_batch % ranks.size:
+        raise UsageError(
+            f"--global-batch {settings.global_batch}: packs of an optimizer step are shared by {ranks.size} processes; "
+            f"expected a multiple of {ranks.size}"
+        )
+    if ranks.is_first:
+        check_output_directory(settings)
+        remove_abandoned(directory)
+    ranks.wait()
     checkpoint = latest_checkpoint(directory)
-    trainer, window = Trainer(settings, open_corpus(settings)), _Window(settings.ttt_steps)
+    trainer, window = Trainer(settings, open_corpus(settings), ranks), _Window(settings.ttt_steps)
     if checkpoint is not None:
         trainer.position, unlogged = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, trainer.expected)
         window.tally.restore(unlogged)
-    content = json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
-    write_bytes(directory / SETTINGS_FILE, content.encode())
-    logbook = Logbook(directory, from_step=-1 if checkpoint is None else trainer.position.step)
+    logbook: Logbook | None = None
+    if ranks.is_first:
+        content = json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
+        write_bytes(directory / SETTINGS_FILE, content.encode())
+        logbook = Logbook(directory, from_step=-1 if checkpoint is None else trainer.position.step)
     has_heldout = len(trainer.corpus.heldout_samples) > 0
     if checkpoint is None and has_heldout:
-        logbook.write(trainer.validate())
+        _log(logbook, trainer.validate())
     _train(trainer, logbook, window, stop)
+    ranks.wait()
     return {"run": str(directory), "steps": trainer.position.step, "checkpoint": str(latest_checkpoint(directory))}
 
 
-def _train(trainer: Trainer, logbook: Logbook, window: _Window, stop: StopRequest) -> None:
+def _log(logbook: Logbook | None, row: MetricsRow) -> None:
+    """Write a row where there is a logbook: on the first rank."""
+    if logbook is not None:
+        logbook.write(row)
+
+
+def _train(trainer: Trainer, logbook: Logbook | None, window: _Window, stop: StopRequest) -> None:
     settings, has_heldout = trainer.settings, len(trainer.corpus.heldout_samples) > 0
     window.started = time.monotonic()
     total = trainer.total_steps
-    with Progress("train", total, initial=trainer.position.step, unit="step") as progress:
+    shown = trainer.ranks.is_first
+    with Progress("train", total, initial=trainer.position.step, unit="step", enabled=shown) as progress:
         steps = prefetch(trainer.load, trainer.remaining_steps())
         while True:
             asked = time.monotonic()
@@ -288,17 +333,19 @@ def _train(trainer: Trainer, logbook: Logbook, window: _Window, stop: StopReques
             done = position.step
             if done % settings.log_every == 0 or done == total:
                 row = window.close(trainer, grad_norm)
-                logbook.write(row)
+                _log(logbook, row)
                 progress.reach(done, _shown(row))
                 window = _Window(settings.ttt_steps)
             every = settings.eval_every
             due = epoch_ended if every is None else done % every == 0
             if has_heldout and (due or done == total):
-                logbook.write(trainer.validate())
+                _log(logbook, trainer.validate())
                 window.started = time.monotonic()
-            if done % settings.checkpoint_every == 0 or done == total or stop.requested:
+            stopping = trainer.any_rank(stop.requested)
+            if done % settings.checkpoint_every == 0 or done == total or stopping:
                 trainer.save(window.tally)
-            if stop.requested and done < total:
+            if stopping and done < total:
+                trainer.ranks.wait()
                 raise StoppedEarly(f"stopped by a signal after step {done} of {total}; go on with --resume")
 
 
@@ -313,13 +360,15 @@ class _Window:
 
     def close(self, trainer: Trainer, grad_norm: float) -> MetricsRow:
         elapsed = max(time.monotonic() - self.started, 1e-9)
+        num_tokens = torch.tensor(self.num_tokens, device=trainer.device)
+        trainer.ranks.add_up(num_tokens)
         return self.tally.row(
             "train",
             trainer.position.step,
             trainer.epochs_done(),
             learning_rate=trainer.optimizer.param_groups[0]["lr"],
             grad_norm=grad_norm,
-            tokens_per_second=self.num_tokens / elapsed,
+            tokens_per_second=int(num_tokens) / elapsed,
             data_wait_share=min(1.0, self.wait_seconds / elapsed),
             memory_bytes=_peak_memory_bytes(trainer.device),
         )

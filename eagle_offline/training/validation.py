@@ -13,6 +13,7 @@ from eagle_offline.objectives.ttt import UnrollSums, decayed_mean
 from eagle_offline.supervision import Head
 from eagle_offline.training.logbook import MetricsRow
 from eagle_offline.training.packs import TrainingPack, run_pack
+from eagle_offline.training.ranks import Ranks
 
 _SUMS = ("losses", "counts", "hits", "prefix_hits", "prefix_valid")
 
@@ -57,6 +58,26 @@ class Tally:
         self.prefix_hits += sums.prefix_hits().cpu()
         self.prefix_valid += sums.prefix_valid().cpu()
 
+    def add_up(self, ranks: Ranks, device: torch.device) -> None:
+        """Replace every count by its sum over all ranks."""
+        if ranks.size == 1:
+            return
+        # Counts are exact in float64, so that one vector carries everything.
+        parts = [getattr(self, name).double() for name in _SUMS]
+        vector = torch.cat([*parts, torch.tensor([self.walked_tokens, self.walked_rounds], dtype=torch.float64)])
+        vector = vector.to(device)
+        ranks.add_up(vector)
+        *sums, walked = vector.cpu().split([*(len(part) for part in parts), 2])
+        self.restore({name: values.tolist() for name, values in zip(_SUMS, sums, strict=True)})
+        self.walked_tokens, self.walked_rounds = (int(count) for count in walked.tolist())
+
+    def take(self, other: Tally) -> None:
+        """Add another's counts."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.walked_tokens += other.walked_tokens
+        self.walked_rounds += other.walked_rounds
+
     def walk(self, sums: UnrollSums, batch: PackedAnswers) -> None:
         """Add one unroll's walked decoding, row by row."""
         tokens, rounds = walk_answers(sums.step_hits, batch)
@@ -90,12 +111,14 @@ def validate(
     ttt_steps: int,
     step: int,
     epoch: float,
+    ranks: Ranks,
 ) -> MetricsRow:
-    """Return the metrics of a draft over held-out packs on its device; see `run_pack`."""
+    """Return the metrics of a draft over held-out packs on its device, this rank's and all others'; see `run_pack`."""
     tally = Tally(ttt_steps)
     weights = torch.ones(ttt_steps, device=draft_model.device)
     for pack in packs:
         _, sums = run_pack(draft_model, pack, selected_head, weights)
         tally.add(sums)
         tally.walk(sums, pack)
+    tally.add_up(ranks, draft_model.device)
     return tally.row("heldout", step, epoch)

@@ -75,6 +75,10 @@ def tensor(name, value):
     return lambda made: made.tensors.__setitem__(name, value)
 
 
+def cast(name, dtype):
+    return lambda made: made.tensors.__setitem__(name, made.tensors[name].to(dtype))
+
+
 def no_tensor(*names):
     return lambda made: [made.tensors.pop(name) for name in names]
 
@@ -178,6 +182,8 @@ BROKEN = [
            also=frozenset({("shapes", "vllm"), ("shapes", "speculators")})),
     Broken("llama-fields", put_field("rms_norm_eps", None), ALL_NESTED, layout="speculators"),
     Broken("activation", put("hidden_act", "gelu"), ("vllm", "sglang")),
+    Broken("activation", put("hidden_act", "xyz"), ALL_FLAT),
+    Broken("activation", put_field("hidden_act", ["silu"]), ALL_NESTED, layout="speculators"),
     Broken("no-biases", tensor(Q_BIAS, torch.zeros(16)), ALL_FLAT),
     Broken("no-biases", both(tensor(Q_BIAS, torch.zeros(16)), put("attention_bias", True)), ("sglang", "eagle")),
     Broken("no-biases", put_field("attention_bias", True), ALL_NESTED, layout="speculators"),
@@ -239,7 +245,7 @@ BROKEN = [
     Broken("aux-ids-written", without("eagle_config"), (), ("sglang",)),
     Broken("aux-ids-written", without("eagle_config"), ("sglang",), origin=False),
     Broken("aux-ids-written", both(without(AUX_IDS), without("eagle_config")), (), ("vllm", "sglang"), origin=False),
-    Broken("aux-ids-agree", aux(OUTPUTS, OUTPUTS), ("vllm",), also=frozenset({("default-aux-ids", "eagle")})),
+    Broken("aux-ids-agree", aux(OUTPUTS, OUTPUTS), ("vllm",)),
     Broken("aux-ids-agree", aux([2, 4, 5], [2, 4, 5]), ("sglang",)),
     Broken("aux-ids-agree", aux(OUTPUTS, OUTPUTS), ("vllm", "sglang"), origin=False),
     Broken("aux-ids-agree", put(AUX_IDS, OUTPUTS), ALL_NESTED, layout="speculators"),
@@ -260,6 +266,16 @@ BROKEN = [
     Broken("tensors-known", tensor("extra.weight", torch.zeros(2)), ("vllm",), ("sglang", "eagle")),
     Broken("tensors-known", tensor("verifier_norm.weight", torch.zeros(2)), ("vllm",), ("speculators",),
            layout="speculators"),
+    Broken("tensors-known", tensor("model.foo", torch.zeros(2)), ("vllm",), ("sglang", "eagle")),
+    Broken("tensors-known", tensor("model.norm.weight", torch.zeros(HIDDEN_SIZE)), ("vllm", "sglang"), ("eagle",)),
+    Broken("tensors-known", both(prefixed, tensor("model.foo", torch.zeros(2))), ("vllm",), ("sglang", "eagle"),
+           also=frozenset({("tensors-complete", "vllm"), ("tensors-complete", "eagle")})),
+    Broken("parameter-dtype", cast("fc.weight", torch.int32), ALL_FLAT),
+    Broken("parameter-dtype", cast("midlayer.mlp.up_proj.weight", torch.uint8), ALL_FLAT),
+    Broken("parameter-dtype", cast("fc.weight", torch.int32), ALL_NESTED, layout="speculators"),
+    Broken("parameter-dtype", cast("fc.weight", torch.float8_e4m3fn), (), ALL_FLAT),
+    Broken("parameter-dtype", put("quantization_config", {"quant_method": "fp8"}), (), ALL_FLAT),
+    Broken("parameter-dtype", put_field("quantization_config", {"bits": 8}), (), ALL_NESTED, layout="speculators"),
     Broken("shapes", tensor("midlayer.mlp.up_proj.weight", torch.zeros(3, 16)), ALL_FLAT),
     Broken("finite", nan, ALL_FLAT),
     Broken("single-layer", become(lambda: flat(KINDS["two_layers"])), ("eagle",)),
@@ -325,7 +341,7 @@ def test_a_broken_rule_is_seen_by_its_engines_alone(tmp_path, broken):
 
 def test_every_rule_is_broken_somewhere():
     # These need a target, or are broken by the other layout.
-    elsewhere = {"layout", "target-rope", "target-identity"}
+    elsewhere = {"layout", "target-rope", "target-identity", "target-context"}
     assert {broken.rule for broken in BROKEN} | elsewhere == {rule.id for rule in RULES} == set(CHECKS)
 
 
@@ -393,6 +409,80 @@ def test_a_target_is_compared(tmp_path):
     made.origin["target_digest"] = digest_checkpoint(target)
     report = check_draft(made.write(tmp_path / "c"), target=target)
     assert report.verdict("target-identity", "sglang").status == "ok"
+
+
+def written_target(directory, **fields):
+    directory.mkdir()
+    (directory / "config.json").write_text(
+        json.dumps({"vocab_size": VOCAB_SIZE, "hidden_size": HIDDEN_SIZE, "num_hidden_layers": 8, **fields})
+    )
+    return directory
+
+
+def test_a_context_shorter_than_the_targets_is_refused_by_sglang(tmp_path):
+    short = {"max_position_embeddings": 64}
+    linear = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    llama3 = {"rope_parameters": KINDS["llama3_rope"].rope}
+    directory = flat().write(tmp_path / "draft")
+    for index, (fields, status) in enumerate(
+        [(short, "ok"), ({"max_position_embeddings": 65}, "problem"), (short | linear, "problem"),
+         (short | llama3, "ok"), ({}, "not applicable")]
+    ):  # fmt: skip
+        report = check_draft(directory, target=written_target(tmp_path / str(index), **fields))
+        assert report.verdict("target-context", "sglang").status == status, fields
+        expected = "note" if status == "problem" else status
+        assert report.verdict("target-context", "vllm").status == expected, fields
+        assert report.verdict("target-context", "eagle").status == "not applicable"
+    assert report.verdict("target-context", "sglang").status == "not applicable"
+    assert check_draft(directory).verdict("target-context", "sglang").status == "not applicable"
+
+
+@pytest.mark.parametrize("activation", ["gelu", "xyz"])
+def test_a_draft_that_no_serving_engine_takes_is_not_clean(tmp_path, activation):
+    made = flat()
+    made.config["hidden_act"] = activation
+    report = check_draft(made.write(tmp_path))
+    assert set(report.claimed) <= {"eagle"}
+    assert report.passes("eagle") == (activation == "gelu")
+    assert not report.is_clean_as_claimed
+    assert not report.passes(None)
+    assert report.conclusions()[-1] == "verdict: not clean, none of vLLM, SGLang, speculators serves this kind of draft"
+
+
+def test_the_verdict_names_the_engines_that_it_covers(tmp_path):
+    report = check_draft(flat().write(tmp_path))
+    assert report.passes(None) and report.passes("sglang") and not report.passes("speculators")
+    assert report.conclusions()[-1] == "verdict: clean (covers vLLM, SGLang, original EAGLE)"
+    assert report.conclusions("sglang")[-1] == "verdict: clean (covers SGLang)"
+    assert report.render_text("speculators").endswith("verdict: not clean (covers speculators)")
+
+
+def test_default_aux_ids_are_held_against_those_of_training(tmp_path):
+    made = flat()
+    made.origin = make_origin(aux_layer_ids=[0, 3, 4]).model_dump()
+    message = check_draft(made.write(tmp_path / "a")).verdict("default-aux-ids", "eagle").message
+    assert message == "reads outputs [1, 3, 4], the draft was trained on [0, 3, 4]"
+    made.origin = make_origin().model_dump()
+    made.config |= {AUX_IDS: [1, 4, 5], "eagle_config": {AUX_IDS: [0, 3, 4]}}
+    assert check_draft(made.write(tmp_path / "b")).verdict("default-aux-ids", "eagle").status == "ok"
+    made.origin = None
+    target = written_target(tmp_path / "target")
+    (tmp_path / "b" / "origin.json").unlink()
+    message = check_draft(made.write(tmp_path / "b"), target=target).verdict("default-aux-ids", "eagle").message
+    assert message == "reads outputs [1, 3, 4], the config says [0, 3, 4]"
+
+
+def test_int32_offsets_are_as_good_as_int64(tmp_path):
+    made = flat()
+    made.tensors["d2t"] = made.tensors["d2t"].int()
+    assert check_draft(made.write(tmp_path)).is_clean_as_claimed
+
+
+def test_what_transformers_thinks_of_a_config_is_not_logged(tmp_path, capfd):
+    made = flat()
+    made.config |= {"rope_parameters": {"rope_type": "weird", "rope_theta": 1e4}}
+    check_draft(made.write(tmp_path))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_rules_page_is_that_of_the_code():

@@ -120,6 +120,10 @@ def write(name, value):
     return lambda made: made.config.__setitem__(name, value)
 
 
+def spoil(name, value):
+    return lambda made: made.tensors[name].view(-1)[3:4].fill_(value)
+
+
 def prefix(made):
     made.tensors = {f"model.{name}": tensor for name, tensor in made.tensors.items() if name != "fc.weight"} | {
         "fc.weight": made.tensors["fc.weight"]
@@ -161,6 +165,9 @@ REFUSED = {
     "absurd vocabulary": (write("vocab_size", 10**12), DataError, "vocab_size"),
     "absurd layers": (write("num_hidden_layers", 10**12), DataError, "num_hidden_layers"),
     "heads": (write("num_key_value_heads", 3), MismatchError, "heads"),
+    "NaN": (spoil("norm.weight", float("nan")), DataError, "model.safetensors: norm.weight holds NaN"),
+    "infinity": (spoil("lm_head.weight", float("-inf")), DataError, "lm_head.weight holds NaN or infinity"),
+    "whole numbers": (put("fc.weight", torch.ones(HIDDEN_SIZE, 48, dtype=torch.int32)), MismatchError, "quantized"),
     "logit scale": (write("logit_scale", 0.5), MismatchError, "logits"),
 }
 
@@ -183,6 +190,33 @@ def test_origin_and_config_must_name_the_same_layers(tmp_path):
     made = flat()
     made.origin = make_origin(aux_layer_ids=[0, 3, 4]).model_dump()
     refused(made.write(tmp_path), MismatchError, "origin.json")
+
+
+def test_an_unknown_rope_type_is_one_line_with_field_value_and_what_is_known(tmp_path, capfd):
+    known = "expected one of default, .*linear, llama3, .*yarn, found 'weird'"
+    for fields, where in (
+        ({"rope_parameters": {"rope_type": "weird", "rope_theta": 1e4}}, "rope_parameters.rope_type"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "weird", "factor": 2.0}}, "rope_scaling.type"),
+    ):
+        made = flat()
+        made.config |= fields
+        refused(made.write(tmp_path), MismatchError, f"config.json: {where}: {known}")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_bad_origin_is_one_phrase(tmp_path):
+    made = flat()
+    made.origin = make_origin().model_dump() | {"step": -1, "ttt_steps": "x"}
+    refused(
+        made.write(tmp_path), DataError, r"origin\.json: not a draft's origin: ttt_steps: Input should be a valid int"
+    )
+    for content, pattern in (("{", "Invalid JSON"), ("{}", "target_id: Field required$"), ("[]", "an object$")):
+        (tmp_path / "origin.json").write_text(content)
+        refused(tmp_path, DataError, pattern)
+        with pytest.raises(DataError) as raised:
+            read_draft(tmp_path)
+        assert "http" not in str(raised.value)
+        assert len(str(raised.value)) < len(str(tmp_path)) + 140
 
 
 JUNK = [None, True, 0, -1, 3, 10**30, 1.5, float("nan"), "", "x", [], [None], [1, "a"], {}, {"a": 1}]

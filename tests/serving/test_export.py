@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,12 +103,56 @@ def test_a_former_export_is_replaced_and_anything_else_is_left_alone(tmp_path):
     assert read_draft(tmp_path / "out").layout == "speculators"
     (tmp_path / "out" / "notes.txt").write_text("mine")
     foreign = flat().write(tmp_path / "foreign")
-    (tmp_path / "file").write_text("x")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for place in (tmp_path / "out", foreign, tmp_path / "checkpoint", tmp_path / "file"):
+    for place in (tmp_path / "out", foreign, tmp_path / "checkpoint"):
         with pytest.raises(MismatchError, match="choose another --output-dir"):
             export(draft, place)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_place_where_no_directory_can_be_is_a_usage_error_with_a_way_out(tmp_path):
+    draft = trained(tmp_path)
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("x")
+    link.symlink_to(tmp_path / "checkpoint")
+    for place in (file, link, file / "below", file / "far" / "below", tmp_path / ("n" * 250), tmp_path / ("n" * 300)):
+        with pytest.raises(UsageError, match="choose another") as raised:
+            export(draft, place)
+        assert "--output-dir" in str(raised.value)
+        assert "\n" not in str(raised.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "file", "link"}
+
+
+def test_a_kill_between_the_renames_loses_nothing_and_the_next_export_cleans_up(tmp_path):
+    draft = trained(tmp_path)
+    export(draft, tmp_path / "out")
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from tests.serving.test_export import export, read_draft\n"
+        "rename = os.rename\n"
+        "def die(*names):\n"
+        "    rename(*names)\n"
+        "    os._exit(9)\n"
+        "os.rename = die\n"
+        "export(read_draft(Path(sys.argv[1])), Path(sys.argv[2]), 'speculators')\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "checkpoint"), str(tmp_path / "out")]
+    assert subprocess.run(arguments, cwd=Path(__file__).parents[2], check=False).returncode == 9
+    left = [path for path in tmp_path.iterdir() if path.name != "checkpoint"]
+    assert sorted(read_draft(path).layout for path in left) == ["flat", "speculators"]
+    # As long as nothing is in place, both stay.
+    with pytest.raises(MismatchError):
+        draft.model.norm.weight[0] = torch.inf
+        export(draft, tmp_path / "out")
+    assert {path for path in tmp_path.iterdir() if path.name != "checkpoint"} == set(left)
+    mine = tmp_path / f".out.partial-{socket.gethostname()}-{os.getpid()}-0"
+    other = tmp_path / left[0].name.replace(".out.", ".other.")
+    foreign = tmp_path / ".out.partial-elsewhere-1-0"
+    for path in (mine, other, foreign):
+        path.mkdir()
+    export(read_draft(tmp_path / "checkpoint"), tmp_path / "out")
+    assert set(tmp_path.iterdir()) == {tmp_path / "checkpoint", tmp_path / "out", mine, other, foreign}
 
 
 def test_an_export_that_fails_leaves_the_former_one(tmp_path, monkeypatch):
@@ -162,6 +210,7 @@ def test_the_card_names_source_metrics_and_commands(tmp_path):
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "org/target"
     assert "speculative-decoding" in front["tags"]
+    assert "library_name" not in front
     for said in ("d" * 32, "c" * 32, "chat.jsonl", "0.9700", "2.5000", "[1, 3, 4]", "[2, 4, 5]"):
         assert said in card, said
     speculative = json.loads(card.split("--speculative-config '")[1].split("'")[0])
