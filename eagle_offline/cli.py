@@ -230,6 +230,7 @@ def _evaluate(settings: EvaluateSettings) -> None:
     eagle-offline export O --target meta-llama/Llama-3.1-8B-Instruct       (both layouts, below O/export)
     eagle-offline export O --to flat --output-dir D
     eagle-offline export --check D/flat --target M                         (any draft, also another's)
+    eagle-offline export --check D/flat --engine sglang
     """,
 )
 def _export(settings: ExportSettings) -> None:
@@ -243,7 +244,7 @@ def _export(settings: ExportSettings) -> None:
         return
     layout = None if settings.to == "both" else settings.to
     report = check(CheckSettings(directory=settings.check, target=settings.target, layout=layout))
-    click.echo(report.render_text())
+    click.echo(report.render_text(settings.engine))
     if not report.passes(settings.engine):
         raise SystemExit(EXIT_MISMATCH)
 

@@ -60,7 +60,7 @@ def _check(settings: CheckSettings) -> Any:
     from eagle_offline.errors import MismatchError
 
     report = stages.check(settings)
-    print("\n".join(report.conclusions()), end="\n\n")  # noqa: T201
+    print("\n".join(report.conclusions(settings.engine)), end="\n\n")  # noqa: T201
     if not report.passes(settings.engine):
         raise MismatchError(f"{settings.directory}: not clean; see export --check {settings.directory}")
 

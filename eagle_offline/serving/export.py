@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -178,11 +179,13 @@ def _put_in_place(
     """Write beside, make durable, check, and take the directory's place; return what the check found."""
     sibling, former = temporary_sibling(output_dir), temporary_sibling(output_dir)
     _remove_abandoned(output_dir)
-    try:
-        sibling.mkdir()
-    except OSError as error:
-        raise _no_place(output_dir, error) from error
     with explained_os_errors(output_dir):
+        try:
+            sibling.mkdir()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # the sibling's name is the longer one
+                raise _no_place(output_dir, error) from error
+            raise
         try:
             (sibling / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
             save_file(tensors, sibling / MODEL_FILE, metadata=_METADATA)
