@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eagle_offline.errors import one_line
 from eagle_offline.serving.configs import quiet_transformers
@@ -210,11 +211,28 @@ def _same_width(subject: Subject) -> Iterator[Finding]:
         yield problem(f"the draft is {own} wide, its target {width}")
 
 
+@checks("rope-type")
+def _rope_type(subject: Subject) -> Iterator[Finding]:
+    for field, kind in _unknown_rope_types(subject.config.fields):
+        known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
+        yield problem(f"{field} has the type {kind!r}; known are {known}")
+
+
+def _unknown_rope_types(fields: dict[str, Any]) -> list[tuple[str, Any]]:
+    found = []
+    for field in ("rope_parameters", "rope_scaling"):
+        written = fields.get(field)
+        kind = written.get("rope_type", written.get("type", "default")) if isinstance(written, dict) else "default"
+        if kind != "default" and (not isinstance(kind, str) or kind not in ROPE_INIT_FUNCTIONS):
+            found.append((field, kind))
+    return found
+
+
 @checks("rope-spellings")
 def _rope_spellings(subject: Subject) -> Iterator[Finding]:
     fields = subject.config.fields
     written = fields.get("rope_parameters")
-    if not isinstance(written, dict) or not written:
+    if not isinstance(written, dict) or not written or _unknown_rope_types(fields):
         return
     effective = effective_rope(fields)
     if isinstance(effective, str):

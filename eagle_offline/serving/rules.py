@@ -330,6 +330,11 @@ RULES: Final[tuple[Rule, ...]] = (
         {"vllm": "ignored", "speculators": "silent"},
     ),
     Rule(
+        "rope-type",
+        "The RoPE type is one that transformers knows; engines refuse others.",
+        {"vllm": "fails", "sglang": "fails", "speculators": "fails", "eagle": "fails"},
+    ),
+    Rule(
         "rope-spellings",
         "`rope_parameters` and top-level `rope_theta`/`rope_scaling` say the same: `rope_scaling` wins where both are "
         "read, and the original code reads the base at top level only, 10000 without it.",

@@ -290,6 +290,8 @@ BROKEN = [
     Broken("shared-embeddings", both(WIDE, no_tensor("embed_tokens.weight")), ALL_FLAT, origin=False,
            also=frozenset({("target-hidden-size", "eagle")})),
     Broken("embeddings-written", no_tensor("embed_tokens.weight"), ("speculators",), layout="speculators"),
+    Broken("rope-type", put("rope_parameters", {"rope_type": "weird", "rope_theta": 10000.0}), ALL_FLAT),
+    Broken("rope-type", put("rope_parameters", {"rope_type": ["weird"], "rope_theta": 10000.0}), ALL_FLAT),
     Broken("rope-spellings", put("rope_theta", 500000.0), ALL_FLAT),
     Broken("rope-spellings", both(put("rope_parameters", {"rope_type": "default", "rope_theta": 5e5}),
                                   without("rope_theta")), ("eagle",)),
