@@ -2,4 +2,6 @@
 
 from benchmarks.harness import main
 
-main()
+# Cases may start processes that import this module again.
+if __name__ == "__main__":
+    main()
