@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -17,7 +19,7 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item], depth: i
     An exception of ``function`` is raised where its result would have been; work not begun is dropped.
     """
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch", initializer=_compute_alone) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
@@ -28,3 +30,12 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item], depth: i
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _compute_alone() -> None:
+    """Keep this thread's tensor work on this thread.
+
+    OpenMP gives every thread that computes a team of its own; two teams on the same cores wait for one another.
+    Measured on two cores: training steps ran 1.6 times faster without the reader's team.
+    """
+    torch.set_num_threads(1)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from eagle_offline.data.prefetch import prefetch
 
@@ -87,3 +88,9 @@ def test_leaving_early_drops_what_has_not_begun_and_ends_the_thread():
     assert time.monotonic() - started < 2
     assert len(begun) <= 60
     assert not prefetch_threads()
+
+
+def test_the_thread_that_reads_ahead_computes_alone_and_the_caller_as_before():
+    before = torch.get_num_threads()
+    assert list(prefetch(lambda _: torch.get_num_threads(), [0])) == [1]
+    assert torch.get_num_threads() == before
