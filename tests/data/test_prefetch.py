@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -92,5 +93,11 @@ def test_leaving_early_drops_what_has_not_begun_and_ends_the_thread():
 
 def test_the_thread_that_reads_ahead_computes_alone_and_the_caller_as_before():
     before = torch.get_num_threads()
-    assert list(prefetch(lambda _: torch.get_num_threads(), [0])) == [1]
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(2)
+    try:
+        assert list(prefetch(lambda _: torch.get_num_threads(), [0, 1])) == [1, 1]
+        assert torch.get_num_threads() == 2
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
