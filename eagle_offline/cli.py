@@ -291,7 +291,7 @@ def _show(value: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and end the process with its exit code."""
     # How long idle OpenMP threads spin before they sleep. Measured on two cores, a training step of small tensors:
-    # not at all 0.30 s, this 0.16 s; beside another busy process 0.30 s and 0.41 s, and 2.0 s with a hundred times as long.
+    # not at all 0.30 s, this 0.16 s; beside another busy process 0.30 s and 0.41 s, and a hundred times as long 2.0 s.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
