@@ -26,10 +26,10 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 
 # Shortest first: an hour with a GPU that ends early has still given the most rows.
-BENCHMARKS = ("startup", "cache_size", "read_speed", "train_step", "quickstart")
+BENCHMARKS = ("startup", "cache_size", "read_speed", "data_wait", "train_step", "quickstart")
 
-# Those that need an environment of their own, and run when they are named.
-SEPARATE = ("interop",)
+# Those that need an environment of their own or most of an hour, and run when they are named.
+SEPARATE = ("interop", "ablation")
 
 Figures = dict[str, float | int | str]
 
@@ -73,9 +73,11 @@ def load(name: str) -> ModuleType:
 
 
 def code_digest(name: str) -> str:
-    """Return the digest of the package's sources and of the benchmark's."""
-    package = sorted((ROOT.parent / "eagle_offline").rglob("*.py"))
-    return digest_bytes(b"".join(path.read_bytes() for path in [*package, ROOT / f"{name}.py", ROOT / "harness.py"]))
+    """Return the digest of the package's sources, of the benchmark's, and of what benchmarks share."""
+    others = {*BENCHMARKS, *SEPARATE} - {name}
+    own = (path for path in ROOT.glob("*.py") if path.stem not in others)
+    sources = sorted([*(ROOT.parent / "eagle_offline").rglob("*.py"), *own])
+    return digest_bytes(b"".join(path.read_bytes() for path in sources))
 
 
 def results_file(name: str, device: str) -> Path:

@@ -63,8 +63,8 @@ class Draft:
         changes: config fields.
         draft_vocab_size: ``Vd``.
         own_embeddings: the draft trained its token embeddings; they are the target's otherwise.
-        convertible: whether the library's converter keeps this kind whole: it builds one layer over three states,
-            and leaves the norms of the aux states out in silence.
+        convertible: whether the library's converter keeps this kind whole: it builds one layer of Llama's over three
+            states, and leaves other norms out in silence.
     """
 
     changes: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +83,10 @@ DRAFTS = {
     "llama3 rope": Draft({"rope_parameters": _LLAMA3_ROPE}),
     "two layers": Draft({"num_hidden_layers": 2}, convertible=False),
     "four aux layers": Draft({"num_aux_hidden_states": 4}, convertible=False),
+    "qwen3 layers": Draft({"layer_style": "qwen3"}, convertible=False),
+    "two qwen3 layers, eagle3.1": Draft(
+        {"layer_style": "qwen3", "num_hidden_layers": 2, "fc_norm": True, "norm_output": True}, convertible=False
+    ),
 }
 
 

@@ -19,23 +19,27 @@ from eagle_offline.config import (
     CheckSettings,
     EvaluateSettings,
     ExportSettings,
+    PlotSettings,
     PrecomputeSettings,
     ReportSettings,
     TokenizeSettings,
-    TrainSettings,
     build,
     read_yaml,
 )
 from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_MISMATCH, EXIT_RESUMABLE, EagleOfflineError, UsageError
+from eagle_offline.train_settings import TrainSettings
 
-_LIST_FLAGS = ("--aux-layer-ids",)
+_METAVARS = {int: "N", float: "X", Path: "PATH"}
 
 
 class _Command(click.Command):
     """A command whose list flags take several values: ``--aux-layer-ids 1 15 28``."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _join_lists(args))
+        return super().parse_args(ctx, _spread_lists(args, self._list_flags()))
+
+    def _list_flags(self) -> set[str]:
+        return {flag for param in self.params if getattr(param, "multiple", False) for flag in param.opts}
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.epilog:
@@ -44,24 +48,22 @@ class _Command(click.Command):
                     formatter.write(f"  {line.strip()}\n")
 
 
-def _join_lists(args: list[str]) -> list[str]:
-    """Return the arguments with the values of a list flag joined by commas, repeated flags folded into one."""
-    joined: list[str] = []
-    lists: dict[str, list[str]] = {}
+def _spread_lists(args: list[str], list_flags: set[str]) -> list[str]:
+    """Return the arguments with a list flag before each of its values."""
+    spread: list[str] = []
     current: str | None = None
     for arg in args:
         flag, _, value = arg.partition("=")
-        if flag in _LIST_FLAGS:
+        if flag in list_flags:
             current = flag
-            lists.setdefault(flag, [])
             if value:
-                lists[flag].append(value)
+                spread += [flag, value]
         elif current is not None and not arg.startswith("--"):
-            lists[current].append(arg)
+            spread += [current, arg]
         else:
             current = None
-            joined.append(arg)
-    return [*joined, *(part for flag, values in lists.items() for part in (flag, ",".join(values)))]
+            spread.append(arg)
+    return spread
 
 
 def settings_command(group: click.Group, name: str, kind: type[BaseModel], examples: str) -> Callable[..., Any]:
@@ -70,7 +72,7 @@ def settings_command(group: click.Group, name: str, kind: type[BaseModel], examp
     def decorate(function: Callable[[Any], None]) -> click.Command:
         def callback(config: Path | None, **given: Any) -> None:
             values = {} if config is None else read_yaml(config)
-            values.update({key: value for key, value in given.items() if value is not None})
+            values.update({key: value for key, value in given.items() if value not in (None, ())})
             settings = build(kind, values, where=f"{name} ")
             function(settings)
 
@@ -89,12 +91,13 @@ def _option(field: str, info: Any) -> click.Parameter:
     """Return the flag of a settings field; its default stays with the settings, so that a file can stand between."""
     extra = info.json_schema_extra or {}
     if extra.get("positional"):
-        return click.Argument([field], required=False, type=str)
+        several = typing.get_origin(_plain_type(info.annotation)) is tuple
+        return click.Argument([field], required=False, type=str, nargs=-1 if several else 1)
     flag = "--" + field.replace("_", "-")
     help_text = info.description or ""
     if info.is_required():
         help_text += "  [required]"
-    elif info.default is not None and info.default is not False:
+    elif info.default not in (None, False, ()):
         help_text += f"  [default: {info.default}]"
     kind = _plain_type(info.annotation)
     if kind is bool:
@@ -102,11 +105,15 @@ def _option(field: str, info: Any) -> click.Parameter:
     metavar = None
     if typing.get_origin(kind) is Literal:
         metavar = "|".join(typing.get_args(kind))
-    elif kind in (int, float, Path):
-        metavar = {int: "N", float: "X", Path: "PATH"}[kind]
-    elif flag in _LIST_FLAGS:
-        metavar = "N [N …]"
-    return click.Option([flag, *extra.get("flags", [])], type=str, metavar=metavar, help=help_text)
+    elif kind in _METAVARS:
+        metavar = _METAVARS[kind]
+    several = typing.get_origin(kind) is tuple
+    if several:
+        item = typing.get_args(kind)[0]
+        one = "|".join(typing.get_args(item)) if typing.get_origin(item) is Literal else _METAVARS.get(item, "NAME")
+        metavar = f"{one} [{one} …]"
+    names = [flag, *extra.get("flags", [])]
+    return click.Option(names, type=str, metavar=metavar, help=help_text, multiple=several)
 
 
 def _plain_type(annotation: Any) -> Any:
@@ -255,6 +262,23 @@ def _report(settings: ReportSettings) -> None:
     from eagle_offline.stages import report
 
     report(settings)
+
+
+@settings_command(
+    cli,
+    "plot",
+    PlotSettings,
+    """
+    eagle-offline plot O                                   (plot.png, here)
+    eagle-offline plot O1 O2 O3 --output runs.html         (a page in one file)
+    eagle-offline plot runs/* --metric loss walked_accept_length
+    """,
+)
+def _plot(settings: PlotSettings) -> None:
+    """Draw the metrics of one or several runs together."""
+    from eagle_offline.stages import plot
+
+    click.echo(f"plot: {plot(settings)}")
 
 
 @cli.command("run", cls=_Command, epilog="eagle-offline run pipelines/quickstart.yaml --work quickstart")

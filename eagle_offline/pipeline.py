@@ -25,12 +25,12 @@ from eagle_offline.config import (
     RewriteSettings,
     Settings,
     TokenizeSettings,
-    TrainSettings,
     build,
     read_yaml,
 )
 from eagle_offline.durable import make_directory, write_bytes
 from eagle_offline.errors import UsageError
+from eagle_offline.train_settings import TrainSettings
 
 STAGES_FILE = "stages.json"
 

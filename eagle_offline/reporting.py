@@ -22,26 +22,32 @@ def summarize_run(run: Path, stages_file: Path | None = None, evaluation: Path |
         DataError: there is no run, or it has no validation on held-out documents yet.
     """
     try:
-        cache_path = Path(json.loads((run / "train.json").read_text())["cache"])
+        cache_paths = [Path(path) for path in json.loads((run / "train.json").read_text())["cache"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{run}: no training run here (train.json cannot be read)") from error
     heldout = [row for row in read_metrics(run) if row["kind"] == "heldout"]
     if not heldout or heldout[0]["step"] != 0:
         raise DataError(f"{run}: no validation on held-out documents yet; was it trained with --heldout-share 0?")
-    cache = describe_cache(cache_path)
+    caches = [describe_cache(path) for path in cache_paths]
     seconds = json.loads(stages_file.read_text()) if stages_file is not None and stages_file.is_file() else {}
     return {
         "run": str(run),
-        "cache": {
-            name: cache[name]
-            for name in ("path", "samples", "tokens", "supervised_tokens", "shard_bytes", "bytes_per_token")
-        },
-        "raw_bytes": sum(cache["raw_field_bytes"].values()),
+        "cache": _added_up(caches),
+        "raw_bytes": sum(sum(cache["raw_field_bytes"].values()) for cache in caches),
         "untrained": heldout[0],
         "trained": heldout[-1],
         "seconds": seconds,
         "evaluation": None if evaluation is None else read_evaluation(evaluation),
     }
+
+
+def _added_up(caches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return several caches as one."""
+    total = {
+        name: sum(cache[name] for cache in caches) for name in ("samples", "tokens", "supervised_tokens", "shard_bytes")
+    }
+    paths = ", ".join(str(cache["path"]) for cache in caches)
+    return {"path": paths, **total, "bytes_per_token": total["shard_bytes"] / max(1, total["tokens"])}
 
 
 def table_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:

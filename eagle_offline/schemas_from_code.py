@@ -18,6 +18,7 @@ from eagle_offline.cache.manifest import Manifest
 from eagle_offline.draft.origin import DraftOrigin
 from eagle_offline.serving.results import Evaluation
 from eagle_offline.text.token_table import TokenTableMeta
+from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.logbook import MetricsRow
 
 _RECORDS: dict[str, type[BaseModel]] = {
@@ -30,7 +31,7 @@ _RECORDS: dict[str, type[BaseModel]] = {
     "evaluation": Evaluation,
     "tokenize-settings": config.TokenizeSettings,
     "precompute-settings": config.PrecomputeSettings,
-    "train-settings": config.TrainSettings,
+    "train-settings": TrainSettings,
     "export-settings": config.ExportSettings,
     "evaluate-settings": config.EvaluateSettings,
 }

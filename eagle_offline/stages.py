@@ -14,20 +14,22 @@ from eagle_offline.config import (
     EvaluateSettings,
     ExampleTargetSettings,
     ExportSettings,
+    PlotSettings,
     PrecomputeSettings,
     ReportSettings,
     RewriteSettings,
     TokenizeSettings,
-    TrainSettings,
 )
 from eagle_offline.durable import exclusive, make_directory, require_writable
 from eagle_offline.errors import StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
 from eagle_offline.status import reported_status
+from eagle_offline.train_settings import TrainSettings
 
 # torch and transformers are imported by the stage that needs them: inspecting a cache needs neither.
 if TYPE_CHECKING:
+    from eagle_offline.draft.warm_start import DraftWeights
     from eagle_offline.serving.check import CheckReport
     from eagle_offline.serving.drafts import ServedDraft
     from eagle_offline.serving.results import Evaluation
@@ -128,26 +130,34 @@ def train(settings: TrainSettings) -> dict[str, Any]:
     Raises:
         EagleOfflineError: see `eagle_offline.errors`.
     """
-    from eagle_offline.devices import resolve_device
+    from eagle_offline.devices import resolve_device, use_fixed_order
     from eagle_offline.training.loop import check_output_directory, run
     from eagle_offline.training.ranks import joined, read_ranks
 
+    if settings.deterministic:
+        use_fixed_order()
     device, stop = resolve_device(settings.device), StopRequest(0)  # the step in hand is always finished: it is short
+
+    def source() -> DraftWeights | None:
+        name = settings.init_from
+        return None if name is None else load_draft(name, "--init-from").weights(name)
+
+    # By every process, before any waits for another that may be refused.
+    check_output_directory(settings)
     if not read_ranks().is_first:
         with stop, joined(device) as ranks:
-            return run(settings, stop, ranks)
-    check_output_directory(settings)
+            return run(settings, stop, ranks, source)
     with (
         exclusive(settings.output_dir, "training"),
         reported_status(settings.output_dir),
         stop,
         joined(device) as ranks,
     ):
-        return run(settings, stop, ranks)
+        return run(settings, stop, ranks, source)
 
 
 def load_draft(name: str, flag: str) -> ServedDraft:
-    """Return the draft of a run, of a checkpoint or of an exported directory, or one from the hub.
+    """Return the draft of a run (its best checkpoint), of a checkpoint or of an exported directory, or from the hub.
 
     Raises:
         UsageError: neither a directory nor on the hub. DataError, MismatchError: see `read_draft`.
@@ -155,10 +165,10 @@ def load_draft(name: str, flag: str) -> ServedDraft:
     from eagle_offline.serving.drafts import read_draft
     from eagle_offline.target.load import resolve_target
     from eagle_offline.training.logbook import METRICS_FILE, read_metrics
-    from eagle_offline.training.state import latest_checkpoint
+    from eagle_offline.training.state import best_checkpoint
 
     directory = Path(name)
-    checkpoint = latest_checkpoint(directory) if directory.is_dir() else None
+    checkpoint = best_checkpoint(directory) if directory.is_dir() else None
     if checkpoint is None:
         checkpoint = directory if directory.is_dir() else resolve_target(name, flag=flag).directory
     draft = read_draft(checkpoint)
@@ -258,6 +268,17 @@ def report(settings: ReportSettings) -> dict[str, Any]:
     summary = summarize_run(settings.run, settings.stages_file, settings.evaluation)
     write_report(summary, settings.run, settings.output_dir)
     return summary
+
+
+def plot(settings: PlotSettings) -> Path:
+    """Draw the metrics of runs together; return the picture or the page.
+
+    Raises:
+        UsageError, DataError: see `plot_runs`.
+    """
+    from eagle_offline.run_plots import plot_runs
+
+    return plot_runs(settings)
 
 
 def make_corpus(settings: CorpusSettings) -> None:

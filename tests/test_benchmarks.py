@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from benchmarks import cache_size, harness, interop, quickstart, read_speed, startup, train_step
+from benchmarks import cache_size, data_wait, harness, interop, quickstart, read_speed, startup, train_step
 from benchmarks.harness import Row, read_rows
+from eagle_offline.objectives.plan import plan_unroll
 
 
 def test_every_benchmark_is_listed_and_says_its_question():
@@ -33,7 +35,39 @@ def test_planes_are_smaller_than_raw():
 
 def test_read_speed_reads_every_encoding():
     for encoding in ("raw", "planes"):
-        assert read_speed.measure(encoding, num_samples=2, hidden_size=64, repeats=1)["share_of_memmap"] > 0
+        figures = read_speed.measure(encoding, num_samples=2, hidden_size=64, repeats=1)
+        assert all(value > 0 for value in figures.values())
+
+
+TINY = data_wait.Shape(
+    hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, draft_vocab_size=64
+)
+
+
+def test_data_wait_delivers_trains_and_grows():
+    delivery = data_wait.measure_delivery(TINY, 6, 1024, repeats=1)
+    assert all(value > 0 for value in delivery.values())
+    assert 0 <= data_wait.measure_training(TINY, 8, 512, max_steps=3)["data_wait_share"] < 1
+    sizes = data_wait.measure_sizes(TINY, (4, 8), 1024, num_packs=3, repeats=1)
+    assert sizes["reading_4_over_4"] == sizes["training_4_over_4"] == 1
+    assert sizes["training_8_over_4"] > 0
+    assert data_wait.measure_device("cpu", TINY, 8, 1024, num_steps=4)["tokens_per_second"] > 0
+
+
+def test_demand_is_the_work_of_the_rows_that_a_plan_computes():
+    shape, lengths = TINY, [4]
+    mask = np.array([False, True, True, False])
+    plan = plan_unroll(lengths, mask, mask, np.arange(4), 2, 8)
+    # Keys at slots 0 to 2; slots 0, 1 and 2 count at the first step or later, slots 0 and 1 at the second.
+    assert [len(step.slots) for step in plan.steps] == [3, 2]
+    products = {
+        "aux": 3 * 2 * (3 * 32 * 32),
+        "keys": (3 + 2) * 3 * (64 * 32),
+        "rest": (3 + 2) * 3 * (64 * 32 + 32 * 32 + 3 * 32 * 64),
+        "head": (2 + 2) * 3 * (32 * 64),
+        "target": 2 * (32 * 64),
+    }
+    assert data_wait.necessary_flops([plan], shape) == 2 * sum(products.values())
 
 
 def test_train_step_takes_the_same_step_every_way():

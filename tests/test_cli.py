@@ -15,7 +15,8 @@ from pydantic import BaseModel
 
 from eagle_offline import errors
 from eagle_offline.cli import cli
-from eagle_offline.config import PrecomputeSettings, ReportSettings, TokenizeSettings, TrainSettings
+from eagle_offline.config import PrecomputeSettings, ReportSettings, TokenizeSettings
+from eagle_offline.train_settings import TrainSettings
 from tests.builders import run_cli
 from tests.training.caches import shared_cache
 
@@ -90,7 +91,7 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(given, tmp_path
     assert run_cli("train", "--config", config, "--seed", 7, "--cache", "from-flag").code == 0
     assert run_cli("train", "--config", config, "--no-fc-norm").code == 0
     first, second = given
-    assert (str(first.cache), str(second.cache)) == ("from-flag", "from-file")
+    assert (first.cache, second.cache) == ((Path("from-flag"),), (Path("from-file"),))
     assert (first.seed, second.seed) == (7, 3)
     assert first.learning_rate == second.learning_rate == 5e-5
     assert (first.fc_norm, second.fc_norm) == (True, False)
@@ -101,7 +102,12 @@ def test_aliases_of_peers_are_taken(given):
     arguments = ("--cached-target-path", "c", "--output-dir", "o", "--ttt-length", 5, "--epochs", 3, "--lr", "2e-4")
     assert run_cli("train", *arguments).code == 0
     (settings,) = given
-    assert (str(settings.cache), settings.ttt_steps, settings.num_epochs, settings.learning_rate) == ("c", 5, 3, 2e-4)
+    assert (settings.cache, settings.ttt_steps, settings.num_epochs, settings.learning_rate) == (
+        (Path("c"),),
+        5,
+        3,
+        2e-4,
+    )
 
 
 def test_settings_in_use_are_saved_with_the_output(tmp_path):

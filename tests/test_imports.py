@@ -28,8 +28,8 @@ MAY_IMPORT = {
     "text": set(),
     "serving": {"draft", "objectives", "target", "text"},
 }
-FOUNDATION = {"errors", "config", "durable", "interrupts", "progress", "provenance", "devices"}
-FOUNDATION_MAY_IMPORT = {"errors", "durable", "provenance"}
+FOUNDATION = {"errors", "config", "train_settings", "durable", "interrupts", "progress", "provenance", "devices"}
+FOUNDATION_MAY_IMPORT = {"errors", "config", "durable", "provenance"}
 
 
 def modules() -> list[Path]:

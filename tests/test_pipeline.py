@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eagle_offline.config import PrecomputeSettings, TrainSettings
+from eagle_offline.config import PrecomputeSettings
 from eagle_offline.errors import UsageError
 from eagle_offline.pipeline import KINDS, find_pipeline, read_pipeline
+from eagle_offline.train_settings import TrainSettings
 from tests.builders import run_cli, shared_chat, shared_target, tree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +50,7 @@ def test_outputs_of_the_quickstart_are_the_inputs_of_later_stages(tmp_path):
     stages = {stage.name: stage.settings for stage in read_pipeline(find_pipeline("quickstart"), tmp_path)}
     assert Path(stages["precompute"].target_model) == stages["train-target"].output_dir
     assert Path(stages["precompute-heldout"].input_data) == stages["rewrite-answers"].output_file
-    assert stages["train"].cache == stages["precompute"].output_dir == stages["inspect-manifest"].cache
+    assert stages["train"].cache == (stages["precompute"].output_dir,) == (stages["inspect-manifest"].cache,)
     assert stages["train"].heldout_cache == stages["precompute-heldout"].output_dir
     assert stages["report"].run == stages["train"].output_dir
 
@@ -119,7 +120,7 @@ def test_dry_run_lists_resolved_settings_and_does_nothing(tmp_path):
     ended = run_cli("run", PIPELINES[0], "--work", tmp_path / "work", "--dry-run")
     assert ended.code == 0
     shown = json.loads(ended.out)
-    assert shown["train"]["cache"] == str(tmp_path / "work" / "cache")
+    assert shown["train"]["cache"] == [str(tmp_path / "work" / "cache")]
     assert shown["train"]["beta2"] == 0.95
     assert not (tmp_path / "work").exists()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -195,7 +196,7 @@ def _binary_array(values: Sequence[bytes | memoryview]) -> pa.Array:
 
 
 class ArrowShardReader:
-    """A shard opened by memory map.
+    """A shard opened by memory map, for any number of threads.
 
     Args:
         path: the shard file.
@@ -209,6 +210,8 @@ class ArrowShardReader:
     def __init__(self, path: Path, fields: Sequence[FieldLayout], shard: int, identity_digest: str):
         self._path = path
         self.fields = tuple(fields)
+        # Arrow does not say that one file reader serves several threads; finding a batch takes microseconds.
+        self._lock = threading.Lock()
         try:
             self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
         except FileNotFoundError as error:
@@ -226,7 +229,8 @@ class ArrowShardReader:
             DataError: no such row, or the batch cannot be read.
         """
         try:
-            batch = self._reader.get_batch(record_batch)
+            with self._lock:
+                batch = self._reader.get_batch(record_batch)
             # Sizes of buffers against the lengths that the metadata claims: nothing outside the map is ever touched.
             batch.validate()
         except (pa.ArrowException, IndexError, ValueError, OverflowError, OSError, SystemError) as error:
@@ -266,6 +270,31 @@ def _binary_value(column: pa.LargeBinaryArray, row: int) -> memoryview:
     return memoryview(b"") if content is None else memoryview(content)[start:end]
 
 
+def unpack_fields(
+    fields: Sequence[FieldLayout], sample: StoredSample, names: Iterable[str] | None = None
+) -> dict[str, list[np.ndarray]]:
+    """Return the unpacked columns of float fields, each uint8 ``[rows, …]``.
+
+    Args:
+        fields: the sample's, in layout order.
+        sample: as read.
+        names: of the fields to unpack; nothing is done for the others. All when None.
+
+    Raises:
+        DataError: a column does not hold the rows that the sample's tokens call for.
+    """
+    num_rows = {"tokens": len(sample.input_ids), "supervised_positions": len(sample.target_argmax)}
+    chosen = {field.name for field in fields} if names is None else set(names)
+    unpacked, next_column = {}, 0
+    for field in fields:
+        count = len(codec.column_names(field))
+        if field.name in chosen:
+            stored = [memoryview(column) for column in sample.columns[next_column : next_column + count]]
+            unpacked[field.name] = codec.unpack(field, stored, num_rows[field.rows])
+        next_column += count
+    return unpacked
+
+
 def decode_fields(fields: Sequence[FieldLayout], sample: StoredSample) -> dict[str, torch.Tensor]:
     """Return every float field's values ``[rows, width]`` on the CPU.
 
@@ -274,12 +303,7 @@ def decode_fields(fields: Sequence[FieldLayout], sample: StoredSample) -> dict[s
     """
     import torch
 
-    num_rows = {"tokens": len(sample.input_ids), "supervised_positions": len(sample.target_argmax)}
-    decoded, next_column = {}, 0
-    for field in fields:
-        count = len(codec.column_names(field))
-        stored = [memoryview(column) for column in sample.columns[next_column : next_column + count]]
-        planes = codec.unpack(field, stored, num_rows[field.rows])
-        decoded[field.name] = codec.merge(field, [torch.from_numpy(plane) for plane in planes])
-        next_column += count
-    return decoded
+    unpacked = unpack_fields(fields, sample)
+    return {
+        field.name: codec.merge(field, [torch.from_numpy(plane) for plane in unpacked[field.name]]) for field in fields
+    }

@@ -132,6 +132,8 @@ class Cache:
         """
         import torch
 
+        from eagle_offline.supervision import supervised_positions
+
         stored = self.read_stored(index)
         fields = decode_fields(self.manifest.identity.capture.fields, stored)
         loss_mask = torch.from_numpy(stored.loss_mask).bool()
@@ -141,7 +143,7 @@ class Cache:
             loss_mask=loss_mask,
             aux_hidden_states=torch.cat([fields[aux_field(i)] for i in self.aux_layer_ids], dim=-1),
             supervision=TargetSupervision(
-                positions=self._positions(index, loss_mask),
+                positions=supervised_positions(loss_mask).nonzero().squeeze(-1),
                 last_hidden_state=fields.get(LAST_HIDDEN_STATE),
                 target_probs=fields.get(TARGET_PROBS),
                 target_argmax=torch.from_numpy(stored.target_argmax).long(),
@@ -173,15 +175,9 @@ class Cache:
             if stored.digest() != self._digests[index]:
                 raise self._damage(index, "does not match its digest: the file was damaged after it was written")
             self._touched[index] = True
-        return stored
-
-    def _positions(self, index: int, loss_mask: torch.Tensor) -> torch.Tensor:
-        from eagle_offline.supervision import supervised_positions
-
-        positions = supervised_positions(loss_mask).nonzero().squeeze(-1)
-        if len(positions) != self.num_target_positions[index]:
+        if _count_positions(stored.loss_mask) != self.num_target_positions[index]:
             raise self._damage(index, "has supervision at other positions than its loss mask calls for")
-        return positions
+        return stored
 
     def _damage(self, index: int, what: str) -> DataError:
         shard = int(self.shards[index])
@@ -278,6 +274,12 @@ class Cache:
         mask = torch.zeros(num_tokens, 1, dtype=torch.bool)
         mask[supervision.positions, 0] = supervised & self.selected_token_mask[supervision.target_argmax]
         return probs, mask
+
+
+def _count_positions(loss_mask: np.ndarray) -> int:
+    """Return how many positions have supervision; see `eagle_offline.supervision.supervised_positions`."""
+    mask = loss_mask != 0
+    return int(np.count_nonzero(mask)) + int(np.count_nonzero(mask[1:] & ~mask[:-1]))
 
 
 def open_cache(path: str | Path, *, allow_partial: bool = False, verify: bool = True) -> Cache:

@@ -23,6 +23,25 @@ def heldout_mask(sample_ids: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.array([xxhash.xxh3_64_intdigest(key, seed=seed) < limit for key in keys], bool)
 
 
+def weighted_samples(samples: np.ndarray, weight: float, seed: int, number: int, epoch: int) -> np.ndarray:
+    """Return the samples of one cache that an epoch visits: whole passes, and a share that moves on epoch by epoch.
+
+    With a weight of 0.5 two epochs see every sample once, whatever epoch they begin at.
+
+    Args:
+        samples: int64 ``[n]`` cache indices.
+        weight: passes an epoch, positive.
+        number: the cache's place among those that are mixed.
+    """
+    whole, share = int(weight), weight - int(weight)
+    passes = [samples] * whole
+    if share and len(samples):
+        begin, end = round(epoch * share * len(samples)), round((epoch + 1) * share * len(samples))
+        order = np.random.Generator(np.random.PCG64([seed, number])).permutation(samples)
+        passes.append(order[np.arange(begin, end) % len(samples)])
+    return np.concatenate(passes) if passes else samples[:0]
+
+
 def shuffled_samples(samples: np.ndarray, shards: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """Return ``samples`` in an epoch's order: shards shuffled, then samples inside windows of shards.
 
@@ -47,15 +66,12 @@ def plan_packs(samples: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) 
         samples: int64 ``[n]`` cache indices, in order.
         lengths: int64 ``[N]``, token count of every cache index.
     """
-    packs, start, tokens = [], 0, 0
-    for position, sample in enumerate(samples):
-        length = int(lengths[sample])
-        if position > start and tokens + length > tokens_per_batch:
-            packs.append(samples[start:position])
-            start, tokens = position, 0
-        tokens += length
-    if start < len(samples):
-        packs.append(samples[start:])
+    ends = np.cumsum(lengths[samples])
+    packs, start, before = [], 0, 0
+    while start < len(samples):
+        end = max(int(np.searchsorted(ends, before + tokens_per_batch, side="right")), start + 1)
+        packs.append(samples[start:end])
+        start, before = end, int(ends[end - 1])
     return packs
 
 

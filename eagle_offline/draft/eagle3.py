@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft model: a few Llama layers over the target's token embeddings and projected states."""
+"""The EAGLE-3 draft model: a few decoder layers over the target's token embeddings and projected states."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 
 from eagle_offline.alignment import causal_visibility
-from eagle_offline.draft.layers import DraftLayer, RotaryEmbedding
+from eagle_offline.draft.layers import LAYER_STYLES, DraftLayer, LayerStyle, RotaryEmbedding
 
 # One entry a step: the step's keys (or values) of one layer, or a tuple of them with several layers.
 CacheHidden = list[list[Any]]
@@ -23,6 +23,7 @@ class Eagle3DraftConfig(LlamaConfig):
         draft_vocab_size: ``Vd``; None means the full vocabulary.
         target_hidden_size: width ``H`` of the target's states; None means ``hidden_size``.
         num_aux_hidden_states: ``A``, how many target layers are read.
+        layer_style: ``llama``, or ``qwen3`` for layers that normalise queries and keys head by head.
         fc_norm: normalise each aux state before the projection (EAGLE-3.1).
         norm_output: feed the normed state back to the next step (EAGLE-3.1).
         parallel_drafting: the draft predicts all depths in one forward (P-EAGLE).
@@ -42,12 +43,16 @@ class Eagle3DraftConfig(LlamaConfig):
         parallel_drafting: bool = False,
         mask_token_id: int | None = None,
         num_hidden_layers: int = 1,
+        layer_style: LayerStyle = "llama",
         **kwargs: Any,
     ):
+        if layer_style not in LAYER_STYLES:
+            raise ValueError(f"layer_style: expected one of {', '.join(LAYER_STYLES)}, found {layer_style!r}")
         super().__init__(num_hidden_layers=num_hidden_layers, **kwargs)
         self.draft_vocab_size = self.vocab_size if draft_vocab_size is None else draft_vocab_size
         self.target_hidden_size = self.hidden_size if target_hidden_size is None else target_hidden_size
         self.num_aux_hidden_states = num_aux_hidden_states
+        self.layer_style = layer_style
         self.fc_norm = fc_norm
         self.norm_output = norm_output
         self.parallel_drafting = parallel_drafting

@@ -1,17 +1,25 @@
-"""The parts of a Llama-style draft: rotary positions, attention over an unroll's keys, feed-forward, decoder layer.
+"""The parts of a draft: rotary positions, attention over an unroll's keys, feed-forward, decoder layer.
+
+Layers are Llama's or Qwen3's; the two differ in the norms of queries and keys, which stand in `UnrollAttention` alone.
 
 Attention here is the plain dense form of the test-time-training unroll; it defines what a faster form must equal.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+if TYPE_CHECKING:
+    from eagle_offline.draft.eagle3 import Eagle3DraftConfig
+
+LayerStyle = Literal["llama", "qwen3"]
+LAYER_STYLES: Final[tuple[LayerStyle, ...]] = ("llama", "qwen3")
 
 
 def head_dim(config: LlamaConfig) -> int:
@@ -27,16 +35,18 @@ class RotaryEmbedding:
 
     def __init__(self, config: LlamaConfig):
         self._config = config
-        self._frequencies: Tensor | None = None
+        self._frequencies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._scaling = 1.0
 
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin ``[B, 1, T, head_dim]`` in ``dtype`` for int64 positions ``[B, T]``."""
-        if self._frequencies is None:
-            self._frequencies, self._scaling = self._inverse_frequencies()
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        frequencies = self._frequencies.to(position_ids.device, wide)
-        angles = position_ids[:, None, :, None].to(wide) * frequencies
+        place = (position_ids.device, wide)
+        # Kept where they are used: bringing them to a GPU would make every step wait for it.
+        if place not in self._frequencies:
+            frequencies, self._scaling = self._inverse_frequencies()
+            self._frequencies[place] = frequencies.to(*place)
+        angles = position_ids[:, None, :, None].to(wide) * self._frequencies[place]
         angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos() * self._scaling).to(dtype), (angles.sin() * self._scaling).to(dtype)
 
@@ -58,9 +68,12 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class UnrollAttention(nn.Module):
-    """Grouped-query attention of one unroll step: causal over step 0's keys, plus the own slot's later keys."""
+    """Grouped-query attention of one unroll step: causal over step 0's keys, plus the own slot's later keys.
 
-    def __init__(self, config: LlamaConfig, input_size: int):
+    Qwen3's attention normalises every query and key, head by head, before they are rotated; values are left alone.
+    """
+
+    def __init__(self, config: Eagle3DraftConfig, input_size: int):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_key_value_heads = config.num_key_value_heads or config.num_attention_heads
@@ -69,13 +82,26 @@ class UnrollAttention(nn.Module):
         self.k_proj = nn.Linear(input_size, self.num_key_value_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(input_size, self.num_key_value_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        normed = config.layer_style == "qwen3"
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if normed else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if normed else None
+
+    def queries(self, states: Tensor) -> Tensor:
+        """Return the queries ``[…, heads, head_dim]`` of states ``[…, input_size]``, not rotated yet."""
+        return _normed(self.q_proj(states).unflatten(-1, (self.num_heads, self.head_dim)), self.q_norm)
+
+    def keys(self, states: Tensor) -> Tensor:
+        """Return the keys ``[…, kv_heads, head_dim]`` of states ``[…, input_size]``, not rotated yet."""
+        return _normed(self.k_proj(states).unflatten(-1, (self.num_key_value_heads, self.head_dim)), self.k_norm)
+
+    def values(self, states: Tensor) -> Tensor:
+        """Return the values ``[…, kv_heads, head_dim]`` of states ``[…, input_size]``."""
+        return self.v_proj(states).unflatten(-1, (self.num_key_value_heads, self.head_dim))
 
     def project(self, states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries ``[B, heads, T, head_dim]``, and rotated keys and values with ``kv_heads``."""
-        queries = self._split(self.q_proj(states), self.num_heads)
-        keys = self._split(self.k_proj(states), self.num_key_value_heads)
-        values = self._split(self.v_proj(states), self.num_key_value_heads)
-        return rotate(queries, cos, sin), rotate(keys, cos, sin), values
+        queries, keys = self.queries(states).transpose(1, 2), self.keys(states).transpose(1, 2)
+        return rotate(queries, cos, sin), rotate(keys, cos, sin), self.values(states).transpose(1, 2)
 
     def attend(self, queries: Tensor, keys: list[Tensor], values: list[Tensor], visible: Tensor) -> Tensor:
         """Return the attention output ``[B, T, H]``.
@@ -100,8 +126,10 @@ class UnrollAttention(nn.Module):
             output = output + weights[..., num_slots + step, None] * value
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
-    def _split(self, states: Tensor, num_heads: int) -> Tensor:
-        return states.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
+
+def _normed(heads: Tensor, norm: nn.Module | None) -> Tensor:
+    """Return heads normed where there is a norm, in their own dtype: autocast on CUDA norms in float32."""
+    return heads if norm is None else norm(heads).to(heads.dtype)
 
 
 class FeedForward(nn.Module):
@@ -122,10 +150,10 @@ class DraftLayer(nn.Module):
     """A decoder layer of the draft.
 
     The first layer reads ``[input_layernorm(embedding) ; hidden_norm(hidden)]``, embedding half first, and its
-    residual stream is ``hidden`` before the norm. Further layers are plain Llama layers.
+    residual stream is ``hidden`` before the norm. Further layers are plain layers of the config's style.
     """
 
-    def __init__(self, config: LlamaConfig, reads_embedding: bool):
+    def __init__(self, config: Eagle3DraftConfig, reads_embedding: bool):
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = UnrollAttention(config, 2 * size if reads_embedding else size)

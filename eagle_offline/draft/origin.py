@@ -29,6 +29,7 @@ class DraftOrigin(BaseModel):
         draft_vocab_digest, draft_vocab_coverage: the draft vocabulary, and its share of the supervised tokens.
         objective, ttt_steps: what was trained, over how many unroll steps.
         embeddings_trained: whether the token embeddings differ from the target's.
+        init_from: the draft whose weights it started from, as the user called it; None for the target's alone.
         step: optimizer steps done.
         heldout: the last validation's metrics up to this step; filled in by the exporter.
     """
@@ -54,6 +55,7 @@ class DraftOrigin(BaseModel):
     objective: str
     ttt_steps: int = Field(gt=0)
     embeddings_trained: bool
+    init_from: str | None = None
     step: int = Field(ge=0)
     heldout: dict[str, Any] | None = None
 

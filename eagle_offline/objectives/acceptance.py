@@ -24,6 +24,23 @@ def simulated_accept_length(step_prefix_hits: Tensor, step_valid: Tensor) -> Ten
     return 1 + torch.where(valid > 0, hits / valid.clamp_min(1), torch.zeros_like(hits)).sum()
 
 
+def expected_accept_length(step_chain_overlaps: Tensor, step_valid: Tensor) -> Tensor:
+    """Return ``1 + Σ_k E_k``: what a round yields on average when tokens are drawn at temperature 1.
+
+    A drafted token is accepted with probability ``α``, its overlap with the target; a chain survives to step ``k``
+    with the product of its overlaps. Slots that are valid but carry no supervision (the target's best token is not
+    among the draft's) count as refused.
+
+    Args:
+        step_chain_overlaps: float ``[K]``, ``Σ Π_{j ≤ k} α_j`` over valid slots.
+        step_valid: ``[K]``, as in `simulated_accept_length`.
+
+    Returns:
+        Scalar, float64.
+    """
+    return simulated_accept_length(step_chain_overlaps, step_valid)
+
+
 def walked_accept_length(step_hits: Tensor, slot_valid: Tensor, document_ids: Tensor) -> tuple[int, int]:
     """Walk through documents as greedy decoding with a chain of ``K`` would and count what it yields.
 

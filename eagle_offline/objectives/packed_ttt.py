@@ -11,6 +11,7 @@ from torch import Tensor
 from eagle_offline.objectives.fused_loss import TargetRows, fused_loss
 from eagle_offline.objectives.plan import UnrollPlan
 from eagle_offline.objectives.ttt import UnrollSums
+from eagle_offline.objectives.ttt_loss import StepWeights
 
 
 class Unroll(Protocol):
@@ -27,7 +28,7 @@ def unroll_packed(
     plan: UnrollPlan,
     aux_hidden_states: Tensor,
     targets: TargetRows,
-    step_weights: Tensor,
+    weights: StepWeights,
 ) -> tuple[Tensor, UnrollSums]:
     """Run an unroll over packed documents.
 
@@ -38,24 +39,26 @@ def unroll_packed(
         plan: what to compute.
         aux_hidden_states: ``[N, A·H]``.
         targets: the target's supervision.
-        step_weights: ``[K]``, what the loss of a row of each step counts.
+        weights: what a row of each step adds to the loss.
 
     Returns:
-        The loss ``Σ_k w_k · losses_k``, with gradient, and the sums of the plain unroll over one row of ``N`` slots,
-        without (``log_overlaps`` are not kept and stand at zero).
+        The loss, with gradient, and the sums of the plain unroll over one row of ``N`` slots, without.
     """
     hidden, states = None, []
     for step, planned in enumerate(plan.steps):
         hidden = unroll.first(aux_hidden_states) if hidden is None else unroll.next(step, hidden)
         states.append(normed(hidden[planned.supervised]))
-    sums = fused_loss(torch.cat(states), head_weight, plan.loss_rows, targets, step_weights)
+    sums = fused_loss(torch.cat(states), head_weight, plan.loss_rows, targets, weights)
     step_hits = torch.zeros_like(plan.step_valid)
     step_hits.view(-1)[plan.loss_slots] = sums.hits
+    step_overlaps = torch.zeros(step_hits.shape, dtype=sums.overlaps.dtype, device=step_hits.device)
+    step_overlaps.view(-1)[plan.loss_slots] = sums.overlaps
     return sums.loss, UnrollSums(
         losses=sums.losses,
         counts=plan.step_counts,
-        overlaps=sums.overlaps,
-        log_overlaps=torch.zeros_like(sums.overlaps),
+        overlaps=step_overlaps.sum(dim=1),
+        log_overlaps=sums.log_overlaps,
         step_hits=step_hits.unsqueeze(1),
+        step_overlaps=step_overlaps.unsqueeze(1),
         step_valid=plan.step_valid.unsqueeze(1),
     )

@@ -10,42 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from eagle_offline.objectives.attention_calls import AttentionCall, plan_padded, plan_ragged
 from eagle_offline.objectives.fused_loss import LossRows, chunk_rows
 
-# Queries of one document that share a block of attention: keys right of a block's last query are never touched.
-_BLOCK_QUERIES = 256
-# Blocks share one padded call while their keys differ in number by no more than this.
-_KEY_RATIO = 0.8
-# Largest mask of one call, in values.
-_CALL_VALUES = 1 << 22
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One padded call of causal attention over step 0's keys: ``G`` blocks of up to ``Q`` queries and ``S`` keys.
-
-    Attributes:
-        query_rows: int64 ``[G, Q]``, rows among the step's active slots; padding repeats a row.
-        query_columns: int64 ``[G, Q]``, the last key column that each query reads.
-        real: int64 ``[n]``, flat places in ``G·Q`` that are not padding.
-        real_rows: int64 ``[n]``, the active row of each of them.
-        key_rows: int64 ``[G, S]``, rows among the key slots; padding repeats a row that no query of the block reads.
-    """
-
-    query_rows: Tensor
-    query_columns: Tensor
-    real: Tensor
-    real_rows: Tensor
-    key_rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -109,6 +83,7 @@ def plan_unroll(
     target_rows: np.ndarray,
     ttt_steps: int,
     longest_chunk: int,
+    ragged: bool = False,
 ) -> UnrollPlan:
     """Plan an unroll over documents that stand end to end.
 
@@ -119,7 +94,9 @@ def plan_unroll(
         target_rows: int64 ``[N]``, slot frame: the row of target supervision of each slot, -1 without.
         ttt_steps: ``K``.
         longest_chunk: rows of the loss that are computed at once.
+        ragged: attention in runs without padding, for a GPU, instead of padded calls, for a CPU.
     """
+    plan_calls = plan_ragged if ragged else plan_padded
     lengths = np.asarray(lengths, np.int64)
     starts = np.cumsum(lengths) - lengths
     documents = np.repeat(np.arange(len(lengths)), lengths)
@@ -147,7 +124,7 @@ def plan_unroll(
                 slots=torch.from_numpy(slots),
                 rows=torch.from_numpy(rows),
                 supervised=torch.from_numpy(chosen),
-                calls=_plan_calls(documents[slots], columns[slots], key_starts),
+                calls=plan_calls(documents[slots], columns[slots], key_starts),
             )
         )
         loss_steps.append(np.full(len(chosen), step))
@@ -163,7 +140,7 @@ def plan_unroll(
     )
     return UnrollPlan(
         key_slots=torch.from_numpy(key_slots),
-        key_calls=_plan_calls(documents[key_slots], columns[key_slots], key_starts),
+        key_calls=plan_calls(documents[key_slots], columns[key_slots], key_starts),
         steps=tuple(planned),
         loss_rows=loss_rows,
         loss_slots=torch.from_numpy(np.concatenate(loss_slots)),
@@ -176,50 +153,3 @@ def _shifted(mask: np.ndarray, ttt_steps: int) -> np.ndarray:
     """Return ``[K, N]``: the mask moved left by each step, false beyond the end."""
     padded = np.concatenate([mask.astype(bool), np.zeros(ttt_steps, bool)])
     return np.stack([padded[step : step + len(mask)] for step in range(ttt_steps)])
-
-
-def _plan_calls(documents: np.ndarray, columns: np.ndarray, key_starts: np.ndarray) -> tuple[AttentionCall, ...]:
-    """Cut queries, sorted by document and column, into blocks and gather blocks of like size into calls."""
-    blocks = []
-    bounds = np.flatnonzero(np.diff(documents, prepend=-1, append=-1))
-    for low, high in pairwise(bounds.tolist()):
-        for first in range(low, high, _BLOCK_QUERIES):
-            last = min(first + _BLOCK_QUERIES, high)
-            blocks.append((int(columns[last - 1]) + 1, first, last))
-    blocks.sort(key=lambda block: (-block[0], block[1]))
-    calls: list[AttentionCall] = []
-    group: list[tuple[int, int, int]] = []
-    for block in blocks:
-        if group and not _fits(group, block):
-            calls.append(_call(group, documents, columns, key_starts))
-            group = []
-        group.append(block)
-    if group:
-        calls.append(_call(group, documents, columns, key_starts))
-    return tuple(calls)
-
-
-def _fits(group: list[tuple[int, int, int]], block: tuple[int, int, int]) -> bool:
-    num_keys, first, last = block
-    widest = max(last - first, *(high - low for _, low, high in group)) if group else last - first
-    return num_keys >= _KEY_RATIO * group[0][0] and (len(group) + 1) * widest * group[0][0] <= _CALL_VALUES
-
-
-def _call(
-    group: list[tuple[int, int, int]], documents: np.ndarray, columns: np.ndarray, key_starts: np.ndarray
-) -> AttentionCall:
-    num_keys, widest = group[0][0], max(last - first for _, first, last in group)
-    first = np.array([block[1] for block in group])[:, None]
-    last = np.array([block[2] for block in group])[:, None]
-    places = np.arange(widest)
-    query_rows = np.minimum(first + places, last - 1)
-    real = (first + places < last).ravel()
-    counts = np.array([block[0] for block in group])[:, None]
-    key_rows = key_starts[documents[first]] + np.minimum(np.arange(num_keys), counts - 1)
-    return AttentionCall(
-        query_rows=torch.from_numpy(query_rows),
-        query_columns=torch.from_numpy(columns[query_rows]),
-        real=torch.from_numpy(np.flatnonzero(real)),
-        real_rows=torch.from_numpy(query_rows.ravel()[real]),
-        key_rows=torch.from_numpy(key_rows),
-    )

@@ -12,12 +12,8 @@ from eagle_offline.alignment import SlotBatch, shift_left_with_zero
 from eagle_offline.alignment import doc_remaining as remaining_steps
 from eagle_offline.errors import UsageError
 from eagle_offline.objectives.losses import overlap, soft_cross_entropy
+from eagle_offline.objectives.ttt_loss import STEP_DECAY, TTTLoss
 from eagle_offline.supervision import compute_target_distribution
-
-# Weight of unroll step k relative to step k - 1. Source: EAGLE-3, arXiv 2503.01840.
-STEP_DECAY = 0.8
-
-LK_LOSS_TYPES = ("alpha", "lambda")
 
 
 class Draft(Protocol):
@@ -66,6 +62,7 @@ class UnrollSums:
         counts: int64 ``[K]``, supervised slots.
         overlaps, log_overlaps: float ``[K]``, ``Σ α`` and ``Σ log α`` (terms with ``α = 0`` left out), when asked for.
         step_hits: bool ``[K, B, T]``, top-1 right at a supervised slot.
+        step_overlaps: float ``[K, B, T]``, ``α`` at a supervised slot, 0 elsewhere and where it was not asked for.
         step_valid: bool ``[K, B, T]``, valid by loss mask and document at this step.
     """
 
@@ -74,11 +71,16 @@ class UnrollSums:
     overlaps: Tensor
     log_overlaps: Tensor
     step_hits: Tensor
+    step_overlaps: Tensor
     step_valid: Tensor
 
     def prefix_hits(self) -> Tensor:
         """Return int64 ``[K]``: slots right at every step up to ``k``."""
         return self.step_hits.long().cumprod(dim=0).sum(dim=(1, 2))
+
+    def chain_overlaps(self) -> Tensor:
+        """Return float64 ``[K]``: ``Σ Π_{j ≤ k} α_j`` over slots valid at every step up to ``k``."""
+        return self.step_overlaps.double().mul(self.step_valid).cumprod(dim=0).sum(dim=(1, 2))
 
     def prefix_valid(self) -> Tensor:
         """Return int64 ``[K]``: slots valid at every step up to ``k``."""
@@ -123,20 +125,18 @@ def unroll(draft_model: Draft, batch: SlotBatch, ttt_steps: int, *, with_overlap
         hits = torch.zeros_like(supervised)
         hits.view(-1)[slots] = logits.argmax(dim=-1) == probs.argmax(dim=-1)
         alpha = overlap(logits, probs) if with_overlap else torch.ones_like(slots, dtype=hidden.dtype)
+        overlaps = torch.zeros(supervised.shape, dtype=alpha.dtype, device=alpha.device)
+        if with_overlap:
+            overlaps.view(-1)[slots] = alpha.detach()
         sums["losses"].append(soft_cross_entropy(logits, probs).sum())
         sums["overlaps"].append(alpha.sum())
         # A slot without any overlap adds nothing; 1 in its stead keeps 1/α out of the gradient.
         sums["log_overlaps"].append(alpha.where(alpha > 0, torch.ones_like(alpha)).log().sum())
         sums["counts"].append(supervised.sum())
         sums["step_hits"].append(hits)
+        sums["step_overlaps"].append(overlaps)
         sums["step_valid"].append(batch.counting_slots(loss_mask, step))
     return UnrollSums(**{name: torch.stack(values) for name, values in sums.items()})
-
-
-def decayed_mean(step_losses: Tensor) -> Tensor:
-    """Return ``Σ_k 0.8^k ℓ_k / Σ_k 0.8^k`` for step losses ``[K]``."""
-    weights = STEP_DECAY ** torch.arange(len(step_losses), device=step_losses.device, dtype=step_losses.dtype)
-    return (weights * step_losses).sum() / weights.sum()
 
 
 class Eagle3TrainerModule(nn.Module):
@@ -169,17 +169,10 @@ class Eagle3TrainerModule(nn.Module):
         lk_kl_decay: float = 3.0,
     ):
         super().__init__()
-        if lk_loss_type is not None and lk_loss_type not in LK_LOSS_TYPES:
-            raise UsageError(f"lk_loss_type is {lk_loss_type!r}; expected one of {', '.join(LK_LOSS_TYPES)} or None")
-        if ttt_steps < 1 or not 0 <= lk_kl_scale <= 1 or lk_kl_decay < 0:
-            raise UsageError("expected ttt_steps >= 1, lk_kl_scale in [0, 1] and lk_kl_decay >= 0")
+        self.ttt_loss = TTTLoss(ttt_steps, STEP_DECAY, lk_loss_type, lk_kl_scale, lk_kl_decay)
         self.draft_model = draft_model
         self.register_buffer("selected_token_ids", selected_token_ids, persistent=False)
         self.register_buffer("selected_token_mask", selected_token_mask.bool(), persistent=False)
-        self.ttt_steps = ttt_steps
-        self.lk_loss_type = lk_loss_type
-        self.lk_kl_scale = lk_kl_scale
-        self.lk_kl_decay = lk_kl_decay
 
     def forward(
         self,
@@ -224,25 +217,14 @@ class Eagle3TrainerModule(nn.Module):
             seq_lens=seq_lens,
             doc_remaining=doc_remaining,
         )
-        sums = unroll(cast(Draft, self.draft_model), batch, self.ttt_steps, with_overlap=self.lk_loss_type is not None)
+        ttt_loss = self.ttt_loss
+        with_overlap = ttt_loss.lk_loss_type is not None
+        sums = unroll(cast(Draft, self.draft_model), batch, ttt_loss.ttt_steps, with_overlap=with_overlap)
         valid_tokens = sums.counts.sum()
         return Eagle3StepMetrics(
-            loss=decayed_mean(self._step_losses(sums)),
+            loss=ttt_loss.loss(sums),
             accuracy=sums.step_hits.sum() / valid_tokens.clamp_min(1),
             valid_tokens=valid_tokens,
             step_prefix_hits=sums.prefix_hits(),
             step_valid=sums.prefix_valid(),
-        )
-
-    def _step_losses(self, sums: UnrollSums) -> Tensor:
-        """Return ``ℓ_k`` ``[K]``, 0 for steps without supervision."""
-        counts = sums.counts.clamp_min(1)
-        if self.lk_loss_type is None:
-            return sums.losses / counts
-        if self.lk_loss_type == "alpha":
-            return -sums.log_overlaps / counts
-        mean_overlap = sums.overlaps / counts
-        weight = self.lk_kl_scale * torch.exp(-self.lk_kl_decay * mean_overlap.detach())
-        return torch.where(
-            sums.counts > 0, weight * sums.losses / counts + (1 - weight) * (1 - mean_overlap), sums.losses * 0
         )

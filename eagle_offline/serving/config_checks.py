@@ -10,10 +10,10 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eagle_offline.errors import one_line
-from eagle_offline.serving.configs import quiet_transformers
+from eagle_offline.serving.configs import QWEN3_ARCHITECTURES, quiet_transformers
 from eagle_offline.serving.findings import Finding, checks, not_applicable, note, problem
-from eagle_offline.serving.layouts import FLAT_ARCHITECTURE, ORIGINAL_ROPE_TYPES
-from eagle_offline.serving.subject import QWEN3_ARCHITECTURES, Subject
+from eagle_offline.serving.layouts import FLAT_ARCHITECTURE, HEAD_NORM_SUFFIXES, ORIGINAL_ROPE_TYPES
+from eagle_offline.serving.subject import Subject
 
 # What vLLM resolves to its Llama draft, a prefix `Eagle3` added where there is none.
 _VLLM_LLAMA = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "LlamaForCausalLM", "PeagleLlamaForCausalLM")
@@ -55,18 +55,21 @@ def _model_type(subject: Subject) -> Iterator[Finding]:
     if found is None:
         yield problem("model_type is missing")
     elif found not in ("llama", "qwen3"):
-        yield problem(f"model_type {found!r}: expected llama")
+        yield problem(f"model_type {found!r}: expected llama or qwen3")
 
 
 @checks("qwen3-layers")
 def _qwen3_layers(subject: Subject) -> Iterator[Finding]:
-    norms = any(name.endswith(("q_norm.weight", "k_norm.weight")) for name in subject.stored)
+    norms = {name for name in subject.stored if name.endswith(HEAD_NORM_SUFFIXES)}
     if norms:
         yield problem("q/k norms in the draft's layers are left out", "sglang", "eagle")
     if norms and not subject.is_qwen3:
         yield problem("q/k norms, and a config of Llama layers", "vllm", "speculators")
-    if subject.is_qwen3 and not norms:
+    missing = [name for name in subject.shapes if name.endswith(HEAD_NORM_SUFFIXES) and name not in norms]
+    if missing and not norms:
         yield problem("a config of Qwen3 layers, and no q/k norms", "vllm", "speculators")
+    elif missing:
+        yield problem(f"q/k norms are missing: {', '.join(missing[:4])}", "vllm", "speculators")
 
 
 @checks("speculators-fields")

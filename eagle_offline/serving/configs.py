@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig
+from eagle_offline.draft.layers import LAYER_STYLES, LayerStyle
 from eagle_offline.errors import DataError, MismatchError
 from eagle_offline.serving.layouts import AUX_IDS_FIELD, outputs_of
 from eagle_offline.serving.tensor_files import CONFIG_FILE, read_json
 
 DraftLayout = Literal["native", "flat", "speculators"]
+
+# What vLLM builds with Qwen3's layers.
+QWEN3_ARCHITECTURES: Final = ("Eagle3Qwen3ForCausalLM", "PeagleQwen3ForCausalLM", "Qwen3ForCausalLM")
 
 # More rows than any vocabulary has, by far; a larger number is damage, and would ask for as much memory.
 MAX_VOCAB_SIZE = 1 << 24
@@ -30,7 +34,8 @@ class ConfigFile:
         directory: where it lies.
         layout: which of the three it is.
         content: all of it.
-        fields: its Llama fields: the content itself, or the nested ``transformer_layer_config``.
+        fields: those of its layers, as Llama or Qwen3 name them: the content itself, or the nested
+            ``transformer_layer_config``.
     """
 
     directory: Path
@@ -43,7 +48,7 @@ class ConfigFile:
         return self.directory / CONFIG_FILE
 
     def integer(self, name: str, default: int | None = None, *, nested: bool = True) -> int:
-        """Return a positive integer of the Llama fields, or of the top level.
+        """Return a positive integer of the layers' fields, or of the top level.
 
         Raises:
             DataError: missing without a default, or not a positive integer.
@@ -63,6 +68,25 @@ class ConfigFile:
         """The ``eagle_config`` object; empty when there is none."""
         value = self.content.get("eagle_config")
         return value if isinstance(value, dict) else {}
+
+    @property
+    def layer_style(self) -> LayerStyle:
+        """Whose layers engines build, and training built: of a flat directory its ``architectures`` say so.
+
+        Raises:
+            DataError: a checkpoint of ours that names another.
+        """
+        if self.layout == "native":
+            written = self.content.get("layer_style", "llama")
+            if written not in LAYER_STYLES:
+                raise DataError(
+                    f"{self.path}: layer_style: expected one of {', '.join(LAYER_STYLES)}, found {written!r}"
+                )
+            return "qwen3" if written == "qwen3" else "llama"
+        names = self.content.get("architectures")
+        by_name = isinstance(names, list) and any(name in QWEN3_ARCHITECTURES for name in names)
+        by_type = self.fields.get("model_type") == "qwen3"
+        return "qwen3" if (by_name if self.layout == "flat" else by_type) else "llama"
 
     def layer_ids(self, *, nested: bool) -> list[int] | None:
         """Return the aux layer ids as written: layers executed at top level, 0-based outputs in ``eagle_config``.

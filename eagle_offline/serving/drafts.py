@@ -14,10 +14,12 @@ from transformers.activations import ACT2FN
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
 from eagle_offline.draft.files import VOCAB_FILE, VOCAB_TENSOR
 from eagle_offline.draft.origin import DraftOrigin, read_origin
+from eagle_offline.draft.warm_start import DraftWeights
 from eagle_offline.errors import DataError, MismatchError, one_line
 from eagle_offline.serving.configs import ConfigFile, DraftLayout, aux_layer_ids_of, quiet_transformers, read_config
 from eagle_offline.serving.layouts import (
     EMBEDDINGS_TENSOR,
+    HEAD_NORM_SUFFIXES,
     HEAD_TENSOR,
     MEMBERS_TENSOR,
     OFFSETS_TENSOR,
@@ -54,6 +56,15 @@ class ServedDraft:
     layout: DraftLayout
     has_embeddings: bool
     origin: DraftOrigin | None
+
+    def weights(self, name: str) -> DraftWeights:
+        """Return what training needs to start from this draft, called ``name`` in messages."""
+        tensors = {
+            parameter: tensor.detach()
+            for parameter, tensor in self.model.named_parameters()
+            if self.has_embeddings or parameter != EMBEDDINGS_TENSOR
+        }
+        return DraftWeights(name, self.model.config, tensors, self.selected_token_ids, self.aux_layer_ids)
 
 
 def detect_layout(directory: Path) -> DraftLayout:
@@ -127,6 +138,7 @@ def model_config(file: ConfigFile, num_aux: int) -> Eagle3DraftConfig:
                 num_aux_hidden_states=num_aux,
                 fc_norm=file.flag("fc_norm"),
                 norm_output=file.flag("norm_output"),
+                layer_style=file.layer_style,
             )
     except (DataError, MismatchError):
         raise
@@ -170,15 +182,18 @@ def _refuse_what_cannot_run(file: ConfigFile, files: TensorFiles) -> None:
     refused = {
         "drafts all tokens in parallel (P-EAGLE)": parallel,
         f"speculators_model_type {kind!r}": file.layout == "speculators" and not parallel and kind != "eagle3",
-        f"model_type {model_type!r} (only Llama-style layers)": file.layout != "native" and model_type != "llama",
+        f"model_type {model_type!r} with {file.layer_style} layers": file.layout != "native"
+        and model_type != file.layer_style,
         "attention_bias": fields.get("attention_bias"),
         "mlp_bias": fields.get("mlp_bias"),
-        "q/k norm": any(name.endswith(("q_norm.weight", "k_norm.weight")) for name in files.headers),
+        "q/k norms in Llama layers": file.layer_style == "llama"
+        and any(name.endswith(HEAD_NORM_SUFFIXES) for name in files.headers),
         "norm_before_residual": file.flag("norm_before_residual"),
         "norm_before_fc": file.flag("norm_before_fc"),
         "use_aux_hidden_state false": file.eagle_config.get("use_aux_hidden_state") is False,
         "tie_word_embeddings": content.get("tie_word_embeddings") or fields.get("tie_word_embeddings"),
-        "sliding attention": isinstance(layer_types, list) and "sliding_attention" in layer_types,
+        "sliding attention": fields.get("use_sliding_window")
+        or (isinstance(layer_types, list) and "sliding_attention" in layer_types),
         "a scale or cap on the draft's logits": scaled,
         "quantized weights": file.fields.get("quantization_config")
         or content.get("quantization_config")

@@ -130,7 +130,7 @@ def _check_request(
     if draft.model.config.target_hidden_size != draft.model.config.hidden_size and layout == "speculators":
         raise MismatchError(
             f"a draft of width {draft.model.config.hidden_size} for a target of width "
-            f"{draft.model.config.target_hidden_size} fits no speculators config: export it with --layout flat"
+            f"{draft.model.config.target_hidden_size} fits no speculators config: export it with --to flat"
         )
     if carries_embeddings(draft, layout) and not draft.has_embeddings:
         raise MismatchError("this draft trained its own embeddings, and they are not in its directory")

@@ -1,7 +1,8 @@
 """The two directories that serving engines read, as pure functions of a draft: a config and named tensors.
 
-*flat* is a Llama config with a draft's fields at top level (vLLM, SGLang, the original EAGLE code); *speculators*
-nests the Llama config and names its verifier (vLLM, speculators). The tensors are the same but for the name of layer 0.
+*flat* is a Llama or Qwen3 config with a draft's fields at top level (vLLM, SGLang, the original EAGLE code);
+*speculators* nests that config and names its verifier (vLLM, speculators). The tensors are the same but for the name of
+layer 0.
 Here, and nowhere else, our 0-based outputs become numbers of layers executed, and a draft vocabulary becomes offsets.
 This module knows no files; what each engine makes of a layout is said in `eagle_offline.serving.rules`.
 """
@@ -17,16 +18,21 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
-from eagle_offline.draft.layers import head_dim
+from eagle_offline.draft.layers import LayerStyle, head_dim
 
 ExportLayout = Literal["flat", "speculators"]
 
 FLAT_ARCHITECTURE: Final = "LlamaForCausalLMEagle3"
+# What a flat config calls a draft, by the style of its layers; speculators tells them by the nested model_type alone.
+FLAT_ARCHITECTURES: Final[dict[LayerStyle, str]] = {"llama": FLAT_ARCHITECTURE, "qwen3": "Eagle3Qwen3ForCausalLM"}
 AUX_IDS_FIELD: Final = "eagle_aux_hidden_state_layer_ids"
 OFFSETS_TENSOR: Final = "d2t"
 MEMBERS_TENSOR: Final = "t2d"
 EMBEDDINGS_TENSOR: Final = "embed_tokens.weight"
 HEAD_TENSOR: Final = "lm_head.weight"
+
+# How the names of Qwen3's norms of queries and keys end.
+HEAD_NORM_SUFFIXES: Final = ("q_norm.weight", "k_norm.weight")
 
 # Layer 0's prefix: the original EAGLE code knows only the first, speculators only the second, engines both.
 FLAT_FIRST_LAYER: Final = "midlayer."
@@ -122,9 +128,8 @@ def flat_layout(
         dtype: of floating-point tensors: bf16, fp16 or fp32.
     """
     config = {
-        "architectures": [FLAT_ARCHITECTURE],
-        "model_type": "llama",
-        **_llama_config(model.config, dtype),
+        "architectures": [FLAT_ARCHITECTURES[model.config.layer_style]],
+        **_layer_config(model.config, dtype),
         "draft_vocab_size": model.config.draft_vocab_size,
         "fc_norm": model.config.fc_norm,
         "norm_output": model.config.norm_output,
@@ -171,7 +176,7 @@ def speculators_layout(
         "norm_before_fc": False,
         "tie_word_embeddings": False,
         AUX_IDS_FIELD: layers_executed(aux_layer_ids),
-        "transformer_layer_config": {"model_type": "llama", **_llama_config(model.config, dtype)},
+        "transformer_layer_config": _layer_config(model.config, dtype),
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",
@@ -185,7 +190,7 @@ def speculators_layout(
 
 
 def draft_config(fields: Mapping[str, Any], **changes: Any) -> Eagle3DraftConfig:
-    """Return our config from the Llama fields of either layout; ``changes`` are a draft's own.
+    """Return our config from the layer fields of either layout; ``changes`` are a draft's own.
 
     Raises:
         Exception: whatever transformers raises for values it does not take.
@@ -228,6 +233,8 @@ def expected_shapes(config: Eagle3DraftConfig) -> dict[str, tuple[int, ...]]:
         }
         if index == 0:
             shapes[f"{prefix}hidden_norm.weight"] = (size,)
+        if config.layer_style == "qwen3":
+            shapes |= {f"{prefix}self_attn.{suffix}": (width,) for suffix in HEAD_NORM_SUFFIXES}
     return shapes
 
 
@@ -236,14 +243,15 @@ def parameter_name(name: str) -> str:
     return FIRST_LAYER + name.removeprefix(FLAT_FIRST_LAYER) if name.startswith(FLAT_FIRST_LAYER) else name
 
 
-def _llama_config(config: Eagle3DraftConfig, dtype: str) -> dict[str, Any]:
-    """Return the Llama fields, every one written out: not every reader fills in Llama's defaults."""
+def _layer_config(config: Eagle3DraftConfig, dtype: str) -> dict[str, Any]:
+    """Return the fields of a Llama or Qwen3 config, every one written out: not every reader fills in defaults."""
     return {
+        "model_type": config.layer_style,
         **{name: getattr(config, name) for name in _LLAMA_FIELDS},
         "head_dim": head_dim(config),
         **rope_fields(config),
         "attention_bias": False,
-        "mlp_bias": False,
+        **({"use_sliding_window": False} if config.layer_style == "qwen3" else {"mlp_bias": False}),
         "tie_word_embeddings": False,
         "use_cache": True,
         "dtype": DTYPES[dtype][0],

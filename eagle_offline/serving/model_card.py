@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from eagle_offline.draft.layers import LayerStyle
 from eagle_offline.draft.origin import DraftOrigin
 from eagle_offline.serving.drafts import ServedDraft
 from eagle_offline.serving.layouts import ExportLayout, layers_executed
@@ -15,6 +16,8 @@ from eagle_offline.serving.report import CheckReport
 from eagle_offline.serving.rules import ENGINE_NAMES, Engine
 
 CARD_FILE: Final = "README.md"
+
+_STYLES: Final[dict[LayerStyle, str]] = {"llama": "Llama's", "qwen3": "Qwen3's, queries and keys normalised"}
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,8 @@ def _commands(facts: CardFacts, report: CheckReport) -> Iterable[str]:
 def _shape_rows(facts: CardFacts) -> dict[str, Any]:
     config, outputs = facts.draft.model.config, facts.draft.aux_layer_ids or []
     return {
-        "layers": config.num_hidden_layers,
-        "hidden size": config.hidden_size,
+        "layers": f"{config.num_hidden_layers}, {_STYLES[config.layer_style]}",
+        "hidden size, draft / target": f"{config.hidden_size} / {config.target_hidden_size}",
         "vocabulary, draft / target": f"{config.draft_vocab_size} / {config.vocab_size}",
         "target layers read, 0-based outputs": outputs,
         "target layers read, layers executed": layers_executed(outputs),
@@ -124,6 +127,7 @@ def _origin_rows(origin: DraftOrigin) -> dict[str, Any]:
         "draft vocabulary coverage of supervised tokens": f"{origin.draft_vocab_coverage:.4f}",
         "objective": f"{origin.objective}, {origin.ttt_steps} steps",
         "optimizer steps": origin.step,
+        "started from": origin.init_from or "the target's embeddings and head",
         "embeddings trained": origin.embeddings_trained,
     }
 

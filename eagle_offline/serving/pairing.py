@@ -37,8 +37,6 @@ class Pair:
     def untrained(self, seed: int = 0) -> Eagle3DraftModel:
         """Return a draft of the same shape as training starts from: embeddings and head rows the target's."""
         config = self.draft.config
-        if config.hidden_size != config.target_hidden_size:
-            raise MismatchError("a draft of another width than its target has no untrained twin made from the target")
         embeddings = self.target.get_input_embeddings().weight.detach().float().cpu()
         head = self.head.to("cpu", torch.float32)
         draft = initial_draft(config, embeddings, head, self.selected_token_ids.cpu(), seed=seed)

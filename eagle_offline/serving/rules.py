@@ -77,8 +77,9 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "qwen3-layers",
-        "Draft layers are Llama's: no q/k norm. vLLM and speculators run them when `model_type` is `qwen3`; vLLM "
-        "raises on their tensors otherwise, the rest leave them unread.",
+        "Draft layers are Llama's: no q/k norms. Qwen3's run in vLLM (flat: `architectures` is "
+        '`["Eagle3Qwen3ForCausalLM"]`) and in speculators (nested `model_type` is `qwen3`), with both norms in every '
+        "layer; under a Llama config vLLM raises on the norms, and the rest leave them unread.",
         {"vllm": "fails", "sglang": "silent", "speculators": "silent", "eagle": "silent"},
         is_feature=True,
     ),

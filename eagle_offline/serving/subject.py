@@ -19,8 +19,6 @@ from eagle_offline.serving.drafts import model_config
 from eagle_offline.serving.layouts import MEMBERS_TENSOR, OFFSETS_TENSOR, expected_shapes, ids_of, parameter_name
 from eagle_offline.serving.tensor_files import CONFIG_FILE, DTYPES, Header, TensorFiles, open_tensors
 
-QWEN3_ARCHITECTURES = ("Eagle3Qwen3ForCausalLM", "PeagleQwen3ForCausalLM", "Qwen3ForCausalLM")
-
 
 @dataclass(frozen=True)
 class Subject:
@@ -64,7 +62,7 @@ class Subject:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Expected shape of every parameter of a plain draft by our name."""
+        """Expected shape of every parameter by our name."""
         if self.model.num_hidden_layers > len(self.files.headers):
             raise DataError(f"{self.config.path}: num_hidden_layers {self.model.num_hidden_layers}: too few tensors")
         return expected_shapes(self.model)
@@ -105,9 +103,7 @@ class Subject:
     @property
     def is_qwen3(self) -> bool:
         """Whether vLLM builds Qwen3 layers for it."""
-        names = self.config.content.get("architectures") or []
-        flat = self.is_flat and isinstance(names, list) and any(name in QWEN3_ARCHITECTURES for name in names)
-        return flat or (not self.is_flat and self.config.fields.get("model_type") == "qwen3")
+        return self.config.layer_style == "qwen3"
 
     @cached_property
     def ids(self) -> torch.Tensor | None:

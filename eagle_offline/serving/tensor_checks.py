@@ -11,6 +11,7 @@ from eagle_offline.serving.layouts import (
     EMBEDDINGS_TENSOR,
     FIRST_LAYER,
     FLAT_FIRST_LAYER,
+    HEAD_NORM_SUFFIXES,
     HEAD_TENSOR,
     MEMBERS_TENSOR,
     OFFSETS_TENSOR,
@@ -25,7 +26,7 @@ _PREFIX = "model."
 # Tensors with rules of their own.
 _RULED = (OFFSETS_TENSOR, MEMBERS_TENSOR, "mask_hidden", _INPUT_NORM)
 _BUFFER_SUFFIX = "rotary_emb.inv_freq"
-_RULED_SUFFIXES = (".bias", "q_norm.weight", "k_norm.weight", _BUFFER_SUFFIX)
+_RULED_SUFFIXES = (".bias", *HEAD_NORM_SUFFIXES, _BUFFER_SUFFIX)
 _NOT_PARAMETERS = (OFFSETS_TENSOR, MEMBERS_TENSOR)
 # As safetensors headers begin for integers and truth values; what is neither this nor a float of ours is quantized.
 _WHOLE_NUMBERS = ("I", "U", "BOOL")
@@ -70,7 +71,10 @@ def _missing(subject: Subject) -> list[str]:
     return [
         name
         for name in subject.shapes
-        if name not in subject.stored and name not in optional and not name.startswith(_FC_NORM)
+        if name not in subject.stored
+        and name not in optional
+        and not name.startswith(_FC_NORM)
+        and not name.endswith(HEAD_NORM_SUFFIXES)
     ]
 
 

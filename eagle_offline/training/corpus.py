@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from eagle_offline.cache.reader import Cache, open_cache
-from eagle_offline.config import TrainSettings
-from eagle_offline.data.sampler import heldout_mask
-from eagle_offline.errors import DataError, MismatchError
+from eagle_offline.data.mixture import CacheMixture, check_alike
+from eagle_offline.data.sampler import heldout_mask, plan_epoch, plan_packs, weighted_samples
+from eagle_offline.errors import DataError, UsageError
+from eagle_offline.train_settings import TrainSettings
 
 
 @dataclass(frozen=True)
@@ -17,45 +20,83 @@ class Corpus:
     """What is trained and validated on.
 
     Attributes:
-        cache, heldout_cache: open caches, the same one when documents are held out by share.
-        train_samples, heldout_samples: int64 cache indices.
+        samples, heldout: open caches, the same ones when documents are held out by share.
+        train_samples: int64 indices into ``samples``, one array a cache.
+        heldout_samples: int64 indices into ``heldout``.
+        weights: how often an epoch goes through each cache's ``train_samples``.
     """
 
-    cache: Cache
-    heldout_cache: Cache
-    train_samples: np.ndarray
+    samples: CacheMixture
+    heldout: CacheMixture
+    train_samples: tuple[np.ndarray, ...]
     heldout_samples: np.ndarray
+    weights: tuple[float, ...]
+
+    @property
+    def cache(self) -> Cache:
+        """The first cache, which speaks for all in what they share."""
+        return self.samples.caches[0]
+
+    def epoch_packs(self, settings: TrainSettings, epoch: int) -> list[np.ndarray]:
+        """Return an epoch's packs in order, sample indices each: a function of seed, epoch and caches alone."""
+        chosen = [
+            weighted_samples(samples, weight, settings.seed, number, epoch)
+            for number, (samples, weight) in enumerate(zip(self.train_samples, self.weights, strict=True))
+        ]
+        shards, lengths = self.samples.shards, self.samples.lengths
+        return plan_epoch(np.concatenate(chosen), shards, lengths, settings.seed, epoch, settings.tokens_per_batch)
+
+    def heldout_packs(self, settings: TrainSettings) -> Iterator[np.ndarray]:
+        """Yield the held-out samples in cache order, a pack at a time."""
+        yield from plan_packs(self.heldout_samples, self.heldout.lengths, settings.tokens_per_batch)
 
 
 def open_corpus(settings: TrainSettings) -> Corpus:
     """Open the caches and set the held-out documents apart.
 
     Raises:
-        DataError: nothing to train or to validate on. MismatchError: the held-out cache is of another target.
+        DataError: nothing to train or to validate on. MismatchError: caches that are not of one target.
+        UsageError: weights that fit no caches.
     """
-    cache = open_cache(settings.cache, allow_partial=settings.allow_partial, verify=settings.verify)
-    everything = np.arange(len(cache))
+    weights = _weights(settings)
+    opened = [open_cache(path, allow_partial=settings.allow_partial, verify=settings.verify) for path in settings.cache]
+    samples = CacheMixture(opened)
+    everything = [samples.indices_of(number) for number in range(len(opened))]
+    names = ", ".join(str(path) for path in settings.cache)
     if settings.heldout_cache is None:
-        held = heldout_mask(cache.sample_ids, settings.heldout_share, settings.seed)
-        corpus = Corpus(cache, cache, everything[~held], everything[held])
+        held = heldout_mask(samples.sample_ids, settings.heldout_share, settings.seed)
+        kept = tuple(indices[~held[indices]] for indices in everything)
+        corpus = Corpus(samples, samples, kept, np.flatnonzero(held), weights)
     else:
         other = open_cache(settings.heldout_cache, verify=settings.verify)
-        ours, theirs = cache.manifest.identity, other.manifest.identity
-        pairs = {
-            "target": (ours.target.checkpoint_digest, theirs.target.checkpoint_digest),
-            "aux layers": (ours.capture.aux_layer_ids, theirs.capture.aux_layer_ids),
-            "target encoding": (ours.capture.target_encoding, theirs.capture.target_encoding),
-            "dense vocabulary": (ours.capture.draft_vocab_digest, theirs.capture.draft_vocab_digest),
-        }
-        for name, (one, two) in pairs.items():
-            if one != two:
-                raise MismatchError(f"--heldout-cache {settings.heldout_cache}: its {name} is {two}, the cache's {one}")
-        corpus = Corpus(cache, other, everything, np.arange(len(other)))
-    if not len(corpus.train_samples):
-        raise DataError(f"{settings.cache}: no samples to train on")
+        check_alike(samples.caches[0], other)
+        corpus = Corpus(samples, CacheMixture([other]), tuple(everything), np.arange(len(other)), weights)
+    if not sum(len(indices) for indices in corpus.train_samples):
+        raise DataError(f"{names}: no samples to train on")
     if not len(corpus.heldout_samples) and settings.heldout_share > 0:
         raise DataError(
-            f"{settings.cache}: {len(cache)} samples are too few to hold {settings.heldout_share:.0%} out; "
+            f"{names}: {len(samples)} samples are too few to hold {settings.heldout_share:.0%} out; "
             "raise --heldout-share, set it to 0, or give --heldout-cache"
         )
     return corpus
+
+
+def _weights(settings: TrainSettings) -> tuple[float, ...]:
+    _refuse_repeated(settings.cache)
+    if settings.cache_weights is None:
+        return (1.0,) * len(settings.cache)
+    if len(settings.cache_weights) != len(settings.cache):
+        raise UsageError(
+            f"--cache-weights has {len(settings.cache_weights)} values for {len(settings.cache)} caches; give one each"
+        )
+    if not all(0 < weight < float("inf") for weight in settings.cache_weights):
+        raise UsageError(f"--cache-weights {settings.cache_weights}: expected positive numbers")
+    return settings.cache_weights
+
+
+def _refuse_repeated(paths: tuple[Path, ...]) -> None:
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise UsageError(f"--cache {path} is given twice; to see its samples more often, use --cache-weights")
+        seen.add(path.resolve())

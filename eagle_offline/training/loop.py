@@ -1,248 +1,62 @@
-"""Training from a cache: plan, steps, validation, checkpoints. Neither the target nor a hub is ever touched."""
+"""Training from a cache, start to end: steps, metrics, validations, checkpoints, and going on after a stop.
+
+Neither the target nor a hub is ever touched.
+"""
 
 from __future__ import annotations
 
 import json
 import resource
+import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from eagle_offline.cache.layout import STATUS_FILE
-from eagle_offline.cache.reader import Sample
-from eagle_offline.config import TrainSettings
-from eagle_offline.data.prefetch import prefetch
-from eagle_offline.data.sampler import plan_epoch, plan_packs
-from eagle_offline.devices import resolve_device
-from eagle_offline.draft.eagle3 import Eagle3DraftModel
-from eagle_offline.draft.from_target import draft_config, initial_draft, read_target_config
-from eagle_offline.draft.origin import DraftOrigin
+from eagle_offline.draft.warm_start import DraftWeights
 from eagle_offline.durable import make_directory, remove_abandoned, write_bytes
 from eagle_offline.errors import EagleOfflineError, MismatchError, StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
-from eagle_offline.objectives.ttt import STEP_DECAY
 from eagle_offline.progress import Progress
-from eagle_offline.supervision import Head
-from eagle_offline.training.corpus import Corpus, open_corpus
-from eagle_offline.training.logbook import METRICS_FILE, Logbook, MetricsRow
-from eagle_offline.training.optimizer import build_optimizer, learning_rate
-from eagle_offline.training.packs import TrainingPack, make_pack, run_pack
+from eagle_offline.train_settings import TrainSettings
+from eagle_offline.training.corpus import open_corpus
+from eagle_offline.training.logbook import METRICS_FILE, SKIPPED_FILE, Logbook, MetricsRow, SkippedRow
+from eagle_offline.training.profiling import PROFILE_DIRECTORY, profiled
 from eagle_offline.training.ranks import Ranks
+from eagle_offline.training.reporters import (
+    TENSORBOARD_DIRECTORY,
+    WANDB_DIRECTORY,
+    WANDB_ID_FILE,
+    Reporter,
+    closed_at_end,
+    open_reporters,
+)
 from eagle_offline.training.state import (
+    BEST_FILE,
     CHECKPOINTS_DIRECTORY,
     LATEST_FILE,
-    Position,
-    fingerprint,
+    Standing,
+    acceptable_drift,
     latest_checkpoint,
-    load_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
+    point_at_best,
 )
-from eagle_offline.training.validation import Tally, validate
+from eagle_offline.training.tally import Tally
+from eagle_offline.training.trainer import StepOutcome, Trainer
 
 SETTINGS_FILE = "train.json"
-_OWN_ENTRIES = (SETTINGS_FILE, METRICS_FILE, LATEST_FILE, CHECKPOINTS_DIRECTORY, STATUS_FILE)
+_OWN_ENTRIES = (
+    SETTINGS_FILE, METRICS_FILE, SKIPPED_FILE, LATEST_FILE, BEST_FILE, CHECKPOINTS_DIRECTORY, STATUS_FILE,
+    TENSORBOARD_DIRECTORY, WANDB_DIRECTORY, WANDB_ID_FILE, PROFILE_DIRECTORY,
+)  # fmt: skip
 
-
-class Trainer:
-    """One training run: model, optimizer, plan, and where it stands."""
-
-    def __init__(self, settings: TrainSettings, corpus: Corpus, ranks: Ranks | None = None):
-        self.settings, self.corpus = settings, corpus
-        self.ranks = Ranks() if ranks is None else ranks
-        device = resolve_device(settings.device)
-        # One GPU a process: torchrun numbers them.
-        self.device = torch.device(f"cuda:{self.ranks.local_rank}" if device == "cuda" else device)
-        cache, identity = corpus.cache, corpus.cache.manifest.identity
-        config = draft_config(
-            read_target_config(cache.path / "target" / "config.json"),
-            draft_vocab_size=len(cache.selected_token_ids),
-            num_aux_hidden_states=len(cache.aux_layer_ids),
-            num_layers=settings.num_draft_layers,
-            fc_norm=settings.fc_norm,
-            norm_output=settings.norm_output,
-        )
-        draft = initial_draft(
-            config,
-            cache.embeddings,
-            cache.head,
-            cache.selected_token_ids,
-            seed=settings.seed,
-            train_embeddings=settings.train_embeddings,
-        )
-        # The stub of `to` is of a decorated method that mypy cannot follow.
-        self.model: Eagle3DraftModel = draft.to(self.device)  # type: ignore[arg-type]
-        self.optimizer = build_optimizer(self.model, settings)
-        self.position = Position(step=0, epoch=0, next_pack=0)
-        self.steps_per_epoch = [-(-len(self.packs(epoch)) // settings.global_batch) for epoch in self._epochs()]
-        self.total_steps = min(sum(self.steps_per_epoch), settings.max_steps or sum(self.steps_per_epoch))
-        self.expected = fingerprint(
-            settings, identity.digest, cache.manifest.defaults.draft_vocabulary.digest, len(cache)
-        )
-        self._selected_head: Head | None = None
-        if identity.capture.target_encoding == "factored":
-            self._selected_head = cache.head.select(cache.selected_token_ids).to(self.device)
-
-    def _epochs(self) -> range:
-        return range(self.settings.num_epochs)
-
-    def packs(self, epoch: int) -> list[np.ndarray]:
-        """Return the packs of an epoch, cache indices each."""
-        cache = self.corpus.cache
-        return plan_epoch(
-            self.corpus.train_samples,
-            cache.shards,
-            cache.lengths,
-            self.settings.seed,
-            epoch,
-            self.settings.tokens_per_batch,
-        )
-
-    def remaining_steps(self) -> Iterator[tuple[Position, list[np.ndarray]]]:
-        """Yield the packs of every step still to do, each with where training stands after it."""
-        position, size = self.position, self.settings.global_batch
-        while position.step < self.total_steps:
-            packs = self.packs(position.epoch)
-            for start in range(position.next_pack, len(packs), size):
-                if position.step >= self.total_steps:
-                    return
-                last = start + size >= len(packs)
-                after = (position.epoch + 1, 0) if last else (position.epoch, start + size)
-                position = Position(position.step + 1, *after)
-                yield position, packs[start : start + size]
-
-    def load(self, step: tuple[Position, list[np.ndarray]]) -> tuple[Position, list[TrainingPack]]:
-        """Return a step with this rank's packs read and laid out, on the CPU."""
-        position, packs = step
-        own = packs[self.ranks.rank :: self.ranks.size]
-        return position, [self.pack([self.corpus.cache[int(index)] for index in pack]) for pack in own]
-
-    def pack(self, samples: Sequence[Sample]) -> TrainingPack:
-        """Return samples laid out for the unroll, on the CPU."""
-        cache = self.corpus.cache
-        size = len(cache.selected_token_ids)
-        return make_pack(samples, cache.selected_token_mask, self.settings.ttt_steps, size, self.device)
-
-    def heldout_packs(self) -> Iterator[TrainingPack]:
-        """Yield this rank's share of the held-out documents, in cache order, on the training device."""
-        cache, ranks = self.corpus.heldout_cache, self.ranks
-        packs = plan_packs(self.corpus.heldout_samples, cache.lengths, self.settings.tokens_per_batch)
-        packs = packs[ranks.rank :: ranks.size]
-        for pack in prefetch(lambda pack: self.pack([cache[int(index)] for index in pack]), packs):
-            yield pack.to(self.device)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 compute on CUDA, float32 elsewhere; the weights stay float32."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-
-    def step(self, packs: Sequence[TrainingPack], tally: Tally) -> float:
-        """Do one optimizer step, its means taken over the packs of all ranks; return the gradient norm.
-
-        Raises:
-            EagleOfflineError: loss or gradient is not finite; names the samples.
-        """
-        settings = self.settings
-        decays = STEP_DECAY ** torch.arange(settings.ttt_steps, dtype=torch.float64)
-        # The counts follow from masks alone, so a slot's share of the whole step's mean is known before any forward.
-        counts = sum((pack.plan.step_counts for pack in packs), torch.zeros(settings.ttt_steps, dtype=torch.int64))
-        counts = counts.to(self.device)
-        self.ranks.add_up(counts)
-        weights = (decays.to(self.device) / decays.sum() / counts.clamp_min(1)).to(self.model.dtype)
-        own = Tally(settings.ttt_steps)
-        self.optimizer.zero_grad(set_to_none=True)
-        for pack in packs:
-            with self.autocast():
-                loss, sums = run_pack(self.model, pack.to(self.device), self._selected_head, weights)
-            loss.backward()
-            own.add(sums)
-        own.add_up(self.ranks, self.device)
-        tally.take(own)
-        rate = learning_rate(self.position.step, self.total_steps, settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.ranks.add_up_gradients(trainable)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, settings.max_grad_norm))
-        if not np.isfinite(grad_norm):
-            ids = [sample_id for pack in packs for sample_id in pack.sample_ids]
-            raise EagleOfflineError(
-                f"step {self.position.step + 1}: loss or gradient is not finite on samples {ids}; the last checkpoint "
-                "is intact: look at these samples, or go on from it with a lower --learning-rate"
-            )
-        self.optimizer.step()
-        return grad_norm
-
-    def validate(self) -> MetricsRow:
-        """Return metrics on the held-out documents."""
-        with self.autocast():
-            return validate(
-                self.model,
-                self.heldout_packs(),
-                self._selected_head,
-                self.settings.ttt_steps,
-                self.position.step,
-                self.epochs_done(),
-                self.ranks,
-            )
-
-    def any_rank(self, flag: bool) -> bool:
-        """Return whether ``flag`` holds on any rank."""
-        if self.ranks.size == 1:
-            return flag
-        count = torch.tensor(int(flag), device=self.device)
-        self.ranks.add_up(count)
-        return bool(count)
-
-    def epochs_done(self) -> float:
-        """Return passes over the cache so far."""
-        epoch = self.position.epoch
-        done = self.position.step - sum(self.steps_per_epoch[:epoch])
-        return epoch + (done / self.steps_per_epoch[epoch] if epoch < len(self.steps_per_epoch) else 0.0)
-
-    def origin(self) -> DraftOrigin:
-        """Return what the draft at hand was trained for and from."""
-        manifest, settings = self.corpus.cache.manifest, self.settings
-        identity, vocabulary = manifest.identity, manifest.defaults.draft_vocabulary
-        return DraftOrigin(
-            target_id=identity.target.id,
-            target_revision=identity.target.revision,
-            target_digest=identity.target.checkpoint_digest,
-            target_architecture=identity.target.architecture,
-            target_num_layers=identity.target.num_layers,
-            target_hidden_size=identity.target.hidden_size,
-            target_vocab_size=identity.target.vocab_size,
-            tokenizer_digest=identity.text.tokenizer_digest,
-            template_digest=identity.text.template_digest,
-            aux_layer_ids=list(self.corpus.cache.aux_layer_ids),
-            cache_digest=identity.digest,
-            dataset=identity.dataset.model_dump(mode="json"),
-            draft_vocab_digest=vocabulary.digest,
-            draft_vocab_coverage=vocabulary.coverage,
-            objective=settings.objective,
-            ttt_steps=settings.ttt_steps,
-            embeddings_trained=settings.train_embeddings,
-            step=self.position.step,
-        )
-
-    def save(self, unlogged: Tally) -> None:
-        """Write a checkpoint and drop old ones; every rank has the same, the first one writes."""
-        if not self.ranks.is_first:
-            return
-        save_checkpoint(
-            self.settings.output_dir,
-            self.model,
-            self.optimizer,
-            self.corpus.cache.selected_token_ids,
-            self.origin(),
-            self.position,
-            self.expected,
-            unlogged.state(),
-        )
-        remove_old_checkpoints(self.settings.output_dir, self.settings.keep_checkpoints)
+# So many steps in a row that are not finite mean that the draft itself is lost.
+_MAX_SKIPPED_IN_A_ROW = 10
 
 
 def check_output_directory(settings: TrainSettings) -> None:
@@ -267,18 +81,25 @@ def check_output_directory(settings: TrainSettings) -> None:
         )
 
 
-def run(settings: TrainSettings, stop: StopRequest, ranks: Ranks | None = None) -> dict[str, Any]:
+def run(
+    settings: TrainSettings,
+    stop: StopRequest,
+    ranks: Ranks | None = None,
+    source: Callable[[], DraftWeights | None] = lambda: None,
+) -> dict[str, Any]:
     """Train to the end, or until asked to stop; return the run, its steps and its last checkpoint.
 
     Args:
         settings: of the run.
         stop: a signal that came to any rank stops all after the step in hand.
         ranks: this process among those of the run.
+        source: gives the draft whose weights it starts from; asked at the run's start only.
 
     Raises:
         StoppedEarly: asked to stop; a checkpoint was written. EagleOfflineError: see `eagle_offline.errors`.
     """
     directory, ranks = settings.output_dir, Ranks() if ranks is None else ranks
+    acceptable_drift(settings.accept_drift)
     if settings.global_batch % ranks.size:
         raise UsageError(
             f"--global-batch {settings.global_batch}: packs of an optimizer step are shared by {ranks.size} processes; "
@@ -289,96 +110,241 @@ def run(settings: TrainSettings, stop: StopRequest, ranks: Ranks | None = None) 
         remove_abandoned(directory)
     ranks.wait()
     checkpoint = latest_checkpoint(directory)
-    trainer, window = Trainer(settings, open_corpus(settings), ranks), _Window(settings.ttt_steps)
-    if checkpoint is not None:
-        trainer.position, unlogged = load_checkpoint(checkpoint, trainer.model, trainer.optimizer, trainer.expected)
-        window.tally.restore(unlogged)
-    logbook: Logbook | None = None
-    if ranks.is_first:
-        content = json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
-        write_bytes(directory / SETTINGS_FILE, content.encode())
-        logbook = Logbook(directory, from_step=-1 if checkpoint is None else trainer.position.step)
-    has_heldout = len(trainer.corpus.heldout_samples) > 0
-    if checkpoint is None and has_heldout:
-        _log(logbook, trainer.validate())
-    _train(trainer, logbook, window, stop)
+    trainer = Trainer(settings, open_corpus(settings), ranks, source() if checkpoint is None else None)
+    if trainer.taken_over is not None and ranks.is_first:
+        sys.stderr.write(f"train: {trainer.taken_over}\n")
+    unlogged = None if checkpoint is None else trainer.restore(checkpoint)
+    with ExitStack() as stack:
+        records = None
+        if ranks.is_first:
+            if checkpoint is not None:
+                point_at_best(directory, trainer.standing)
+            records = _Records(settings, None if checkpoint is None else trainer.standing, stack)
+        _Run(trainer, records, stop, unlogged).train()
     ranks.wait()
-    return {"run": str(directory), "steps": trainer.position.step, "checkpoint": str(latest_checkpoint(directory))}
+    best = trainer.standing.best_step
+    return {
+        "run": str(directory),
+        "steps": trainer.position.step,
+        "checkpoint": str(latest_checkpoint(directory)),
+        **({} if best is None else {"best_step": best, "best_walked_accept_length": trainer.standing.best_length}),
+    }
 
 
-def _log(logbook: Logbook | None, row: MetricsRow) -> None:
-    """Write a row where there is a logbook: on the first rank."""
-    if logbook is not None:
-        logbook.write(row)
+class _Records:
+    """What the first rank writes about the run: settings, metrics, skipped steps, reports elsewhere."""
 
+    def __init__(self, settings: TrainSettings, standing: Standing | None, stack: ExitStack):
+        directory = settings.output_dir
+        from_step = -1 if standing is None else standing.position.step
+        due_again = standing is not None and standing.validation_due
 
-def _train(trainer: Trainer, logbook: Logbook | None, window: _Window, stop: StopRequest) -> None:
-    settings, has_heldout = trainer.settings, len(trainer.corpus.heldout_samples) > 0
-    window.started = time.monotonic()
-    total = trainer.total_steps
-    shown = trainer.ranks.is_first
-    with Progress("train", total, initial=trainer.position.step, unit="step", enabled=shown) as progress:
-        steps = prefetch(trainer.load, trainer.remaining_steps())
-        while True:
-            asked = time.monotonic()
-            loaded = next(steps, None)
-            if loaded is None:
-                break
-            position, packs = loaded
-            window.wait_seconds += time.monotonic() - asked
-            grad_norm = trainer.step(packs, window.tally)
-            epoch_ended = position.epoch > trainer.position.epoch
-            trainer.position = position
-            window.num_tokens += sum(pack.num_tokens for pack in packs)
-            done = position.step
-            if done % settings.log_every == 0 or done == total:
-                row = window.close(trainer, grad_norm)
-                _log(logbook, row)
-                progress.reach(done, _shown(row))
-                window = _Window(settings.ttt_steps)
-            every = settings.eval_every
-            due = epoch_ended if every is None else done % every == 0
-            if has_heldout and (due or done == total):
-                _log(logbook, trainer.validate())
-                window.started = time.monotonic()
-            stopping = trainer.any_rank(stop.requested)
-            if done % settings.checkpoint_every == 0 or done == total or stopping:
-                trainer.save(window.tally)
-            if stopping and done < total:
-                trainer.ranks.wait()
-                raise StoppedEarly(f"stopped by a signal after step {done} of {total}; go on with --resume")
+        def keeps(row: dict[str, Any]) -> bool:
+            return row["step"] < from_step + (not due_again or row.get("kind") != "heldout")
+
+        content = settings.model_dump(mode="json")
+        write_bytes(directory / SETTINGS_FILE, (json.dumps(content, indent=2) + "\n").encode())
+        self._metrics = Logbook(directory / METRICS_FILE, keeps)
+        self.skipped = Logbook(directory / SKIPPED_FILE, keeps)
+        self._reporters: list[Reporter] = open_reporters(settings.report_to, directory, content, from_step)
+        stack.enter_context(closed_at_end(self._reporters))
+
+    def write(self, row: MetricsRow) -> None:
+        self._metrics.write(row)
+        for reporter in self._reporters:
+            reporter.write(row)
 
 
 class _Window:
     """What happened since the last metrics line."""
 
-    def __init__(self, ttt_steps: int):
-        self.tally = Tally(ttt_steps)
+    def __init__(self, trainer: Trainer):
+        self.tally = Tally(trainer.settings.ttt_steps, trainer.device)
         self.started = time.monotonic()
-        self.wait_seconds = 0.0
+        self.waited_before = trainer.wait_seconds
         self.num_tokens = 0
 
-    def close(self, trainer: Trainer, grad_norm: float) -> MetricsRow:
+    def row(self, trainer: Trainer, grad_norm: Tensor) -> MetricsRow:
         elapsed = max(time.monotonic() - self.started, 1e-9)
-        num_tokens = torch.tensor(self.num_tokens, device=trainer.device)
+        num_tokens = torch.tensor(self.num_tokens)
         trainer.ranks.add_up(num_tokens)
-        return self.tally.row(
+        return self.tally.over_all(trainer.ranks).row(
             "train",
+            trainer.ttt_loss,
             trainer.position.step,
             trainer.epochs_done(),
             learning_rate=trainer.optimizer.param_groups[0]["lr"],
-            grad_norm=grad_norm,
+            grad_norm=float(grad_norm) if grad_norm.isfinite() else None,
             tokens_per_second=int(num_tokens) / elapsed,
-            data_wait_share=min(1.0, self.wait_seconds / elapsed),
+            data_wait_share=min(1.0, (trainer.wait_seconds - self.waited_before) / elapsed),
             memory_bytes=_peak_memory_bytes(trainer.device),
         )
 
 
+class _Run:
+    """One process's way through a run.
+
+    Args:
+        trainer: as it stands.
+        records: where the first rank writes; None on others.
+        stop: asks for an early end.
+        unlogged: counts of steps done and not logged yet; None at the start of a run.
+    """
+
+    def __init__(
+        self, trainer: Trainer, records: _Records | None, stop: StopRequest, unlogged: dict[str, list[float]] | None
+    ):
+        self._trainer, self._records, self._stop = trainer, records, stop
+        self._settings = trainer.settings
+        self._has_heldout = len(trainer.corpus.heldout_samples) > 0
+        self._window = _Window(trainer)
+        self._begins = unlogged is None
+        if unlogged is not None and trainer.ranks.is_first:
+            self._window.tally.restore(unlogged)
+        self._unsettled: deque[tuple[StepOutcome, Tensor, torch.cuda.Event | None]] = deque()
+        self._skipped_in_a_row = 0
+        self._saved_at = time.monotonic()
+
+    def train(self) -> None:
+        """Do all steps that are left."""
+        trainer, settings = self._trainer, self._settings
+        # What a stop left to do is done as if there had been none, its checkpoint included.
+        if self._has_heldout and (self._begins or trainer.standing.validation_due):
+            improved = self._validate()
+            if improved or self._gives_up():
+                trainer.save(self._window.tally)
+        trace = settings.output_dir if settings.profile and trainer.ranks.is_first else None
+        self._window.started = time.monotonic()
+        with (
+            Progress(
+                "train", trainer.total_steps, initial=trainer.position.step, unit="step", enabled=trainer.ranks.is_first
+            ) as progress,
+            profiled(trace) as profile_step,
+        ):
+            for loaded in trainer.steps() if not self._gives_up() else ():
+                epoch = trainer.position.epoch
+                outcome = trainer.step(loaded, self._window.tally)
+                self._window.num_tokens += loaded.num_tokens
+                self._settle(outcome)
+                self._after_step(outcome, progress, epoch_ended=trainer.position.epoch > epoch)
+                profile_step()
+                if self._gives_up():
+                    break
+
+    def _after_step(self, outcome: StepOutcome, progress: Progress, *, epoch_ended: bool) -> None:
+        trainer, settings = self._trainer, self._settings
+        done, total = trainer.position.step, trainer.total_steps
+        minutes = settings.checkpoint_minutes
+        late = minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+        stopping, late = trainer.ranks.any(self._stop.requested, late)
+        logs = done % settings.log_every == 0 or done == total
+        every = settings.eval_every
+        validates = self._has_heldout and ((epoch_ended if every is None else done % every == 0) or done == total)
+        saves = late or stopping or done == total or done % settings.checkpoint_every == 0
+        saves = saves or (settings.checkpoint_epochs and epoch_ended)
+        if logs or validates or saves:
+            self._settle()
+        if logs:
+            self._log(outcome, progress)
+        # Who is asked to stop has little time: the validation of this step waits until the run goes on.
+        waits = validates and stopping and done < total
+        trainer.standing = replace(trainer.standing, validation_due=waits)
+        improved = self._validate() if validates and not waits else False
+        if self._gives_up() and not logs:
+            self._log(outcome, progress)
+        if saves or improved or self._gives_up():
+            trainer.save(self._window.tally)
+            self._saved_at = time.monotonic()
+        if stopping and done < total:
+            trainer.ranks.wait()
+            raise StoppedEarly(f"stopped by a signal after step {done} of {total}; go on with --resume")
+
+    def _log(self, outcome: StepOutcome, progress: Progress) -> None:
+        row = self._window.row(self._trainer, outcome.grad_norm)
+        self._write(row)
+        progress.reach(row.step, _shown(row))
+        self._window = _Window(self._trainer)
+
+    def _gives_up(self) -> bool:
+        patience = self._settings.early_stopping
+        return patience is not None and self._trainer.standing.num_without_gain >= patience
+
+    def _validate(self) -> bool:
+        """Validate, log it, and return whether the draft is the best so far."""
+        trainer, began = self._trainer, time.monotonic()
+        tally = trainer.validate()
+        row = tally.row("heldout", trainer.ttt_loss, trainer.position.step, trainer.epochs_done())
+        self._write(row)
+        # The window's clock leaves validations out.
+        self._window.started += time.monotonic() - began
+        standing, length = trainer.standing, row.walked_accept_length
+        improved = length is not None and (standing.best_length is None or length > standing.best_length)
+        step = trainer.position.step
+        if improved:
+            changes: dict[str, Any] = {"best_length": length, "best_step": step, "num_without_gain": 0}
+        else:
+            changes = {"num_without_gain": standing.num_without_gain + 1}
+        trainer.standing = replace(standing, validation_due=False, **changes)
+        return improved and step > 0
+
+    def _write(self, row: MetricsRow) -> None:
+        """Write a row where there are records: on the first rank."""
+        if self._records is not None:
+            self._records.write(row)
+
+    def _settle(self, outcome: StepOutcome | None = None) -> None:
+        """See whether steps were finite: with ``outcome``, all but the newest on CUDA; without, all.
+
+        The device is thus never waited for: it works on the newest step while the one before is looked at.
+        """
+        if outcome is not None:
+            on_host, event = outcome.is_finite, None
+            if on_host.is_cuda:
+                on_host = torch.empty((), dtype=torch.bool, pin_memory=True)
+                on_host.copy_(outcome.is_finite, non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+            self._unsettled.append((outcome, on_host, event))
+        keep = 1 if outcome is not None and outcome.is_finite.is_cuda else 0
+        while len(self._unsettled) > keep:
+            settled, on_host, event = self._unsettled.popleft()
+            if event is not None:
+                event.synchronize()
+            if bool(on_host):
+                self._skipped_in_a_row = 0
+            else:
+                self._skip(settled)
+
+    def _skip(self, outcome: StepOutcome) -> None:
+        """Record a step that changed nothing, or end the run over it.
+
+        Raises:
+            EagleOfflineError: the run is to stop; names the samples.
+        """
+        ids = self._trainer.culprits(outcome.samples)
+        named = f"{', '.join(map(str, ids[:20]))}{', …' if len(ids) > 20 else ''}"
+        said = f"step {outcome.step}: loss or gradient is not finite on samples {named}"
+        self._skipped_in_a_row += 1
+        if self._settings.on_nonfinite == "stop":
+            raise EagleOfflineError(
+                f"{said}; the last checkpoint is intact: look at these samples, or go on from it with --resume "
+                "--on-nonfinite skip, or with --accept-drift learning-rate and a lower --learning-rate"
+            )
+        if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+            raise EagleOfflineError(
+                f"{said}, the {_MAX_SKIPPED_IN_A_ROW}th step in a row: the draft itself is not finite any more; "
+                "start again with a lower --learning-rate"
+            )
+        if self._records is not None:
+            self._records.skipped.write(SkippedRow(step=outcome.step, sample_ids=ids))
+
+
 def _shown(row: MetricsRow) -> dict[str, str]:
     return {
-        "loss": f"{row.loss:.3f}",
+        "loss": "-" if row.loss is None else f"{row.loss:.3f}",
         "accept": f"{row.simulated_accept_length:.2f}",
         "tok/s": f"{row.tokens_per_second:.0f}",
+        "wait": f"{row.data_wait_share:.0%}",
     }
 
 

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from eagle_offline.alignment import position_ids, shift_left_with_zero
 from eagle_offline.cache.reader import Sample
-from eagle_offline.data.collate import collate
+from eagle_offline.cache.stored_states import StoredStates
+from eagle_offline.data.stored_pack import StoredPack, pack_of_samples
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.draft.packed import PackedUnroll
 from eagle_offline.objectives.fused_loss import TargetRows
 from eagle_offline.objectives.packed_ttt import unroll_packed
 from eagle_offline.objectives.plan import UnrollPlan, moved, plan_unroll
 from eagle_offline.objectives.ttt import UnrollSums
+from eagle_offline.objectives.ttt_loss import StepWeights
 from eagle_offline.supervision import Head
 
 # Logits that live at once, in values: three such tensors stand in memory while a chunk of the loss is computed.
@@ -31,8 +33,8 @@ class TrainingPack:
         sample_ids: in the order of their documents.
         num_tokens: ``N``.
         input_ids: int64 ``[N]``, slot frame; position_ids: int64 ``[N]``.
-        aux_hidden_states: ``[N, A·H]`` in the stored dtype.
-        target_rows: ``[P, H]`` final states, or ``[P, Vd]`` probabilities.
+        aux_states: rows of ``A·H`` values as stored, ``N`` in all.
+        target_states: rows of final states, ``H`` values, or of probabilities, ``Vd``, as stored; ``P`` in all.
         loss_mask: bool ``[1, N]``, slot frame; seq_lens: int64 ``[1, D]``.
         plan: what an unroll over it computes.
     """
@@ -41,8 +43,8 @@ class TrainingPack:
     num_tokens: int
     input_ids: Tensor
     position_ids: Tensor
-    aux_hidden_states: Tensor
-    target_rows: Tensor
+    aux_states: tuple[StoredStates, ...]
+    target_states: tuple[StoredStates, ...]
     loss_mask: Tensor
     seq_lens: Tensor
     plan: UnrollPlan
@@ -53,51 +55,85 @@ class TrainingPack:
 
 
 def make_pack(
-    samples: Sequence[Sample], selected_token_mask: Tensor, ttt_steps: int, draft_vocab_size: int, device: torch.device
+    samples: Sequence[Sample],
+    selected_token_mask: Tensor,
+    ttt_steps: int,
+    device: torch.device,
+    supervision_gate: str = "input",
 ) -> TrainingPack:
-    """Lay samples end to end and settle what their unroll computes, on the CPU.
-
-    Args:
-        samples: at least one.
-        selected_token_mask: bool ``[V]``, on the CPU.
-        ttt_steps: ``K``.
-        draft_vocab_size: ``Vd``.
-        device: where the pack will be run, which decides how much of the loss is computed at once.
+    """Lay decoded samples end to end; see `plan_pack`, which training calls with what it reads undecoded.
 
     Raises:
         DataError: a sample carries no target supervision.
     """
-    pack = collate(samples, row_slots=sum(len(sample.input_ids) for sample in samples))
-    num_slots = pack.num_tokens
-    supervised = pack.loss_mask[0, pack.target_slots]
+    return plan_pack(pack_of_samples(samples), selected_token_mask, ttt_steps, device, supervision_gate)
+
+
+def plan_pack(
+    stored: StoredPack,
+    selected_token_mask: Tensor,
+    ttt_steps: int,
+    device: torch.device,
+    supervision_gate: str = "input",
+) -> TrainingPack:
+    """Settle what the unroll of samples computes, on the CPU.
+
+    Args:
+        stored: the samples, at least one.
+        selected_token_mask: bool ``[V]``, on the CPU.
+        ttt_steps: ``K``.
+        device: where the pack will be run, which decides how much of the loss is computed at once.
+        supervision_gate: ``input``, ``predicted`` or ``both``; see `_gate`.
+    """
+    seq_lens, slots = torch.from_numpy(stored.lengths)[None], stored.target_slots
+    num_slots = len(stored.input_ids)
+    gate = _gate(stored.loss_mask[None], seq_lens, supervision_gate)
     position_mask = torch.zeros(1, num_slots, dtype=torch.bool)
-    position_mask[0, pack.target_slots] = supervised & selected_token_mask[pack.target_argmax]
+    position_mask[0, slots] = gate[0, slots] & selected_token_mask[stored.target_argmax]
     rows = torch.full((1, num_slots), -1)
-    rows[0, pack.target_slots] = torch.arange(len(pack.target_slots))
-    loss_mask = shift_left_with_zero(pack.loss_mask)
+    rows[0, slots] = torch.arange(len(slots))
+    draft_vocab_size = int(selected_token_mask.sum())
     plan = plan_unroll(
-        pack.seq_lens[0].numpy(),
-        loss_mask[0].numpy(),
+        stored.lengths,
+        shift_left_with_zero(gate)[0].numpy(),
         shift_left_with_zero(position_mask)[0].numpy(),
         shift_left_with_zero(rows)[0].numpy(),
         ttt_steps,
         max(1, _CHUNK_VALUES.get(device.type, _CHUNK_VALUES["cpu"]) // draft_vocab_size),
+        ragged=device.type != "cpu",
     )
     return TrainingPack(
-        sample_ids=tuple(pack.sample_ids),
+        sample_ids=stored.sample_ids,
         num_tokens=num_slots,
-        input_ids=shift_left_with_zero(pack.input_ids)[0],
-        position_ids=position_ids(pack.seq_lens, num_slots)[0],
-        aux_hidden_states=pack.aux_hidden_states[0],
-        target_rows=pack.target_rows,
-        loss_mask=loss_mask,
-        seq_lens=pack.seq_lens,
+        input_ids=shift_left_with_zero(stored.input_ids[None])[0],
+        position_ids=position_ids(seq_lens, num_slots)[0],
+        aux_states=stored.aux_states,
+        target_states=stored.target_states,
+        loss_mask=shift_left_with_zero(stored.loss_mask[None]),
+        seq_lens=seq_lens,
         plan=plan,
     )
 
 
+def _gate(loss_mask: Tensor, seq_lens: Tensor, supervision_gate: str) -> Tensor:
+    """Return bool ``[1, N]``, unshifted: the positions whose target distribution supervises a slot.
+
+    The distribution at position ``t`` predicts ``x_{t+1}``: ``input`` asks for ``m_t``, ``predicted`` for ``m_{t+1}``
+    inside the document, ``both`` for both.
+    """
+    if supervision_gate == "input":
+        return loss_mask
+    predicted = shift_left_with_zero(loss_mask)
+    predicted[0, seq_lens[0].cumsum(dim=0) - 1] = False
+    return predicted if supervision_gate == "predicted" else loss_mask & predicted
+
+
 def run_pack(
-    model: Eagle3DraftModel, pack: TrainingPack, selected_head: Head | None, step_weights: Tensor
+    model: Eagle3DraftModel,
+    pack: TrainingPack,
+    selected_head: Head | None,
+    weights: StepWeights,
+    recompute: bool = False,
 ) -> tuple[Tensor, UnrollSums]:
     """Run a draft over a pack on its device; see `unroll_packed`.
 
@@ -105,14 +141,21 @@ def run_pack(
         model: the draft.
         pack: on the draft's device.
         selected_head: the target's head restricted to the draft vocabulary; None when the pack holds probabilities.
-        step_weights: ``[K]``, what the loss of one supervised slot of each step counts.
+        weights: what a supervised slot of each step adds to the loss.
+        recompute: unroll steps are computed again when going back, instead of being kept.
     """
     return unroll_packed(
-        PackedUnroll(model, pack.plan, pack.input_ids, pack.position_ids),
+        PackedUnroll(model, pack.plan, pack.input_ids, pack.position_ids, recompute),
         model.before_head,
         model.lm_head.weight,
         pack.plan,
-        pack.aux_hidden_states,
-        TargetRows(pack.target_rows, selected_head),
-        step_weights,
+        _merged(pack.aux_states),
+        TargetRows(_merged(pack.target_states), selected_head),
+        weights,
     )
+
+
+def _merged(states: Sequence[StoredStates]) -> Tensor:
+    """Return the values of all rows, put together on the device that they are on."""
+    parts = [part.merge() for part in states]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,4 +1,4 @@
-"""Checkpoints: the draft as a model directory, the training state beside it, nothing pickled, `latest` written last."""
+"""Checkpoints: the draft as a model directory, the training state beside it, nothing pickled, pointers written last."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from eagle_offline.config import TrainSettings
+from eagle_offline.data.mixture import CacheMixture
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.draft.files import MODEL_FILE, write_draft
 from eagle_offline.draft.origin import DraftOrigin
@@ -26,9 +27,11 @@ from eagle_offline.durable import (
     temporary_sibling,
     write_bytes,
 )
-from eagle_offline.errors import DataError, MismatchError
+from eagle_offline.errors import DataError, MismatchError, UsageError
+from eagle_offline.train_settings import TrainSettings
 
 LATEST_FILE = "latest"
+BEST_FILE = "best"
 CHECKPOINTS_DIRECTORY = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "training_state.json"
@@ -38,8 +41,18 @@ _NAME = re.compile(r"step-\d{8}")
 # Settings that may differ on resume: where things are, how often something is written, when to stop.
 _FREE_SETTINGS = frozenset(
     {
-        "cache", "heldout_cache", "output_dir", "device", "eval_every", "checkpoint_every", "keep_checkpoints",
-        "log_every", "verify", "resume",
+        "cache", "heldout_cache", "output_dir", "device", "eval_every", "early_stopping", "checkpoint_every",
+        "checkpoint_minutes", "checkpoint_epochs", "keep_checkpoints", "log_every", "report_to", "profile", "verify",
+        "num_workers", "recompute", "deterministic", "on_nonfinite", "draft_vocab", "resume", "accept_drift",
+    }
+)  # fmt: skip
+
+# Settings that a run may go on with when asked to: the order of samples, the caches and the draft stay what they are.
+_ACCEPTABLE_DRIFT = frozenset(
+    {
+        "learning_rate", "min_learning_rate_ratio", "warmup_ratio", "weight_decay", "beta1", "beta2", "max_grad_norm",
+        "num_epochs", "max_steps", "global_batch", "step_decay", "supervision_gate", "lk_loss_type", "lk_kl_scale",
+        "lk_kl_decay",
     }
 )  # fmt: skip
 
@@ -53,10 +66,65 @@ class Position:
     next_pack: int
 
 
-def fingerprint(settings: TrainSettings, identity_digest: str, vocab_digest: str, num_samples: int) -> dict[str, Any]:
-    """Return what a checkpoint and its resumption must share, as JSON values by field."""
+@dataclass(frozen=True)
+class Standing:
+    """What a run has come to, beside its weights.
+
+    Attributes:
+        position: where it stands.
+        best_length, best_step: the longest walked accept length of a validation, and when that was.
+        num_without_gain: validations since then.
+        validation_due: stopped before a validation that belongs to this step.
+        ended: training is over, before its last step too.
+    """
+
+    position: Position
+    best_length: float | None = None
+    best_step: int | None = None
+    num_without_gain: int = 0
+    validation_due: bool = False
+    ended: bool = False
+
+
+def fingerprint(
+    settings: TrainSettings, samples: CacheMixture, heldout: CacheMixture | None, vocab_digest: str
+) -> dict[str, Any]:
+    """Return what a checkpoint and its resumption must share, as JSON values by field.
+
+    Args:
+        settings: of the run.
+        samples: what it trains on.
+        heldout: what it validates on, when that is no share of ``samples``: then all of them are trained on.
+        vocab_digest: of the draft vocabulary.
+    """
     chosen = settings.model_dump(mode="json", exclude=set(_FREE_SETTINGS))
-    return {**chosen, "cache_identity": identity_digest, "draft_vocab": vocab_digest, "num_samples": num_samples}
+    return {
+        **chosen,
+        "cache_identity": _identities(samples),
+        "heldout_cache": None if heldout is None else _identities(heldout),
+        "draft_vocab_digest": vocab_digest,
+        "num_samples": [len(cache) for cache in samples.caches],
+    }
+
+
+def _identities(mixture: CacheMixture) -> list[str]:
+    return [cache.manifest.identity.digest for cache in mixture.caches]
+
+
+def acceptable_drift(names: Sequence[str]) -> frozenset[str]:
+    """Return the settings named by ``--accept-drift``.
+
+    Raises:
+        UsageError: one that cannot differ without making another run of it.
+    """
+    accepted = frozenset(name.lstrip("-").replace("-", "_") for name in names)
+    refused = sorted(accepted - _ACCEPTABLE_DRIFT)
+    if refused:
+        raise UsageError(
+            f"--accept-drift {refused[0]}: a run cannot go on with another; these can differ: "
+            f"{', '.join(sorted(_ACCEPTABLE_DRIFT))}"
+        )
+    return accepted
 
 
 def save_checkpoint(
@@ -65,24 +133,25 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     selected_token_ids: torch.Tensor,
     origin: DraftOrigin,
-    position: Position,
+    standing: Standing,
     expected: dict[str, Any],
     unlogged: dict[str, list[float]],
 ) -> Path:
     """Write a checkpoint beside, make it durable, put it in place, then point ``latest`` at it; return its path.
 
-    ``unlogged`` are the sums of the steps since the last metrics line, which the next line will include.
+    ``best`` is pointed at it too when it is. ``unlogged`` are the sums of the steps since the last metrics line,
+    which the next line will include.
     """
     parent = directory / CHECKPOINTS_DIRECTORY
     make_directory(parent)
-    final = parent / f"step-{position.step:08d}"
+    final = parent / _name(standing.position.step)
     sibling = temporary_sibling(final)
     with explained_os_errors(final):
         sibling.mkdir()
         try:
             write_draft(sibling, model, selected_token_ids, origin)
             save_file(_flatten_optimizer(model, optimizer), sibling / OPTIMIZER_FILE)
-            state = {"position": asdict(position), "fingerprint": expected, "unlogged": unlogged}
+            state = {"standing": asdict(standing), "fingerprint": expected, "unlogged": unlogged}
             (sibling / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
             for path in sibling.iterdir():
                 fsync_file(path)
@@ -93,44 +162,79 @@ def save_checkpoint(
         finally:
             shutil.rmtree(sibling, ignore_errors=True)
         fsync_directory(parent)
+    if standing.best_step == standing.position.step:
+        write_bytes(directory / BEST_FILE, (final.name + "\n").encode())
     write_bytes(directory / LATEST_FILE, (final.name + "\n").encode())
     return final
 
 
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def remove_old_checkpoints(directory: Path, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints; the one that ``latest`` names always stays."""
-    latest = latest_checkpoint(directory)
+    """Remove all but the last ``keep`` checkpoints; those that ``latest`` and ``best`` name always stay."""
+    named = {pointed_checkpoint(directory, LATEST_FILE), pointed_checkpoint(directory, BEST_FILE)}
     finished = sorted(p for p in (directory / CHECKPOINTS_DIRECTORY).iterdir() if _NAME.fullmatch(p.name))
     for path in finished[:-keep]:
-        if path != latest:
+        if path not in named:
             shutil.rmtree(path)
 
 
+def point_at_best(directory: Path, standing: Standing) -> None:
+    """Let ``best`` name the best checkpoint of a run as it stands: it may go on from before a later one."""
+    best = None if standing.best_step is None else directory / CHECKPOINTS_DIRECTORY / _name(standing.best_step)
+    if best is not None and best.is_dir():
+        write_bytes(directory / BEST_FILE, (best.name + "\n").encode())
+    else:
+        (directory / BEST_FILE).unlink(missing_ok=True)
+
+
 def latest_checkpoint(directory: Path) -> Path | None:
-    """Return the checkpoint that ``latest`` names, None before the first.
+    """Return the checkpoint that ``latest`` names, None before the first; see `pointed_checkpoint`."""
+    return pointed_checkpoint(directory, LATEST_FILE)
+
+
+def best_checkpoint(directory: Path) -> Path | None:
+    """Return the checkpoint that ``best`` names, else the latest, None before the first; see `pointed_checkpoint`."""
+    return pointed_checkpoint(directory, BEST_FILE) or latest_checkpoint(directory)
+
+
+def pointed_checkpoint(directory: Path, pointer: str) -> Path | None:
+    """Return the checkpoint that a pointer file names, None without the file.
 
     Raises:
-        DataError: ``latest`` names none that is there.
+        DataError: it names none that is there.
     """
     try:
-        name = (directory / LATEST_FILE).read_text().strip()
+        name = (directory / pointer).read_text().strip()
     except FileNotFoundError:
         return None
     except (UnicodeDecodeError, IsADirectoryError) as error:
-        raise DataError(f"{directory / LATEST_FILE}: not the name of a checkpoint: {error}") from error
+        raise DataError(f"{directory / pointer}: not the name of a checkpoint: {error}") from error
     path = directory / CHECKPOINTS_DIRECTORY / name
     if not _NAME.fullmatch(name) or not path.is_dir():
         raise DataError(
-            f"{directory / LATEST_FILE}: names {name!r}, which is not there; write the name of a directory below "
+            f"{directory / pointer}: names {name!r}, which is not there; write the name of a directory below "
             f"{directory / CHECKPOINTS_DIRECTORY} into it, or start in another --output-dir"
         )
     return path
 
 
 def load_checkpoint(
-    path: Path, model: Eagle3DraftModel, optimizer: torch.optim.Optimizer, expected: dict[str, Any]
-) -> tuple[Position, dict[str, list[float]]]:
-    """Restore model and optimizer in place; return where training stood and the sums not logged yet.
+    path: Path,
+    model: Eagle3DraftModel,
+    optimizer: torch.optim.Optimizer,
+    expected: dict[str, Any],
+    accepted: frozenset[str] = frozenset(),
+) -> tuple[Standing, dict[str, list[float]]]:
+    """Restore model and optimizer in place; return how the run stood and the sums not logged yet.
+
+    Args:
+        path: the checkpoint.
+        model, optimizer: of the same shape as those that were saved.
+        expected: the fingerprint of the run that goes on.
+        accepted: its fields that may differ; see `acceptable_drift`.
 
     Raises:
         MismatchError: the checkpoint belongs to another cache or other settings, each named.
@@ -138,23 +242,27 @@ def load_checkpoint(
     """
     try:
         state = json.loads((path / STATE_FILE).read_text())
-        recorded, position, unlogged = state["fingerprint"], Position(**state["position"]), state["unlogged"]
+        recorded, unlogged, stood = state["fingerprint"], state["unlogged"], dict(state["standing"])
+        standing = Standing(position=Position(**stood.pop("position")), **stood)
         weights, moments = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DataError(f"{path}: the checkpoint cannot be read: {error}") from error
     differing = [
         f"{name}: recorded {recorded.get(name)!r}, now {expected.get(name)!r}"
         for name in sorted(recorded.keys() | expected.keys())
-        if recorded.get(name) != expected.get(name)
+        if recorded.get(name) != expected.get(name) and name not in accepted
     ]
     if differing:
+        refused = {line.partition(":")[0] for line in differing}
+        names = " ".join(sorted(refused | accepted))
+        way_out = f", or go on with --accept-drift {names}" if refused <= _ACCEPTABLE_DRIFT else ""
         raise MismatchError(
             f"{path} belongs to other settings and is left as it is: {'; '.join(differing)}. "
-            "Give the recorded settings again, or choose another --output-dir"
+            f"Give the recorded settings again, or choose another --output-dir{way_out}"
         )
     model.load_state_dict(weights)
     _restore_optimizer(model, optimizer, moments)
-    return position, unlogged
+    return standing, unlogged
 
 
 def _names(model: Eagle3DraftModel) -> dict[torch.Tensor, str]:
@@ -178,7 +286,4 @@ def _restore_optimizer(
     for key, value in tensors.items():
         name, _, state = key.rpartition("/")
         parameter = parameters[name]
-        # Adam's step count lives on the CPU unless the optimizer is fused.
-        fused = bool(optimizer.param_groups[0].get("fused"))
-        device = torch.device("cpu") if state == "step" and not fused else parameter.device
-        optimizer.state[parameter][state] = value.to(device)
+        optimizer.state[parameter][state] = value.to(parameter.device)

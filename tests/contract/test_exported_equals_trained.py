@@ -16,6 +16,8 @@ KINDS = {
     "eagle3": {},
     "eagle31": {"fc_norm": True, "norm_output": True},
     "trained_embeddings": {"train_embeddings": True},
+    "qwen3": {"layer_style": "qwen3"},
+    "narrow": {"draft_hidden_size": 16},
 }
 
 
@@ -44,6 +46,8 @@ def trained(request, tmp_path_factory) -> ServedDraft:
 
 @pytest.mark.parametrize("layout", ["flat", "speculators"])
 def test_exported_logits_are_the_trained_ones(tmp_path, trained, layout):
+    if layout == "speculators" and trained.model.config.hidden_size != trained.model.config.target_hidden_size:
+        pytest.skip("holds no draft of another width")
     export_draft(
         trained,
         layout,
@@ -66,10 +70,24 @@ def test_exported_logits_are_the_trained_ones(tmp_path, trained, layout):
     assert expected[0].std() > 0
 
 
-@pytest.mark.parametrize("layout", ["flat", "speculators"])
-@pytest.mark.parametrize("kind", directories.KINDS)
+def test_what_was_trained_is_what_was_asked_for(request, trained):
+    asked = KINDS[request.node.callspec.params["trained"]]
+    config = trained.model.config
+    assert config.layer_style == asked.get("layer_style", "llama")
+    assert config.hidden_size == asked.get("draft_hidden_size", config.target_hidden_size)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        (kind, layout)
+        for kind, made in directories.FLAT_KINDS.items()
+        for layout in ("flat", "speculators")
+        if layout == "flat" or made.target_hidden_size == directories.HIDDEN_SIZE
+    ],
+)
 def test_every_kind_of_draft_keeps_its_logits(tmp_path, kind, layout):
-    made = directories.KINDS[kind]
+    made = directories.FLAT_KINDS[kind]
     model, origin = directories.make_model(made), directories.make_origin(made)
     write_draft(tmp_path, model, torch.tensor(made.selected), origin)
     export_draft(
@@ -81,8 +99,9 @@ def test_every_kind_of_draft_keeps_its_logits(tmp_path, kind, layout):
         num_draft_tokens=3,
         dtype="fp32",
     )
-    exported = read_draft(tmp_path / "out").model
-    if layout == "flat" and not made.embeddings_trained:  # the target's, which the draft starts from
+    back = read_draft(tmp_path / "out")
+    exported = back.model
+    if not back.has_embeddings:  # the target's, which the draft starts from
         exported.embed_tokens.weight.data.copy_(model.embed_tokens.weight)
     for ours, theirs in zip(unroll(exported), unroll(model), strict=True):
         assert torch.equal(ours, theirs)

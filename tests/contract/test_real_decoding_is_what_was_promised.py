@@ -16,7 +16,8 @@ from eagle_offline import HFEagle3TargetModel
 from eagle_offline.alignment import SlotBatch
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.objectives.acceptance import walk_answers
-from eagle_offline.objectives.ttt import decayed_mean, unroll
+from eagle_offline.objectives.ttt import unroll
+from eagle_offline.objectives.ttt_loss import TTTLoss
 from eagle_offline.serving.cached_target import CachedTarget
 from eagle_offline.serving.chain import ChainDrafter
 from eagle_offline.serving.decoding import Answer, Limits, decode
@@ -117,7 +118,7 @@ def skilled_draft(name: str) -> Eagle3DraftModel:
     for _ in range(case.updates):
         sums = unroll(draft, batch, STEPS)
         optimizer.zero_grad()
-        decayed_mean(sums.losses / sums.counts.clamp_min(1)).backward()
+        TTTLoss(len(sums.losses)).loss(sums).backward()
         optimizer.step()
     return draft.requires_grad_(False)
 

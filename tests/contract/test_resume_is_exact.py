@@ -14,9 +14,25 @@ from typing import Any
 import pytest
 
 from eagle_offline.errors import StoppedEarly
-from eagle_offline.training import loop
-from eagle_offline.training.logbook import read_metrics
-from tests.training.caches import Stop, assert_same_run, latest, metrics, settings, shared_cache, train, trainer_of
+from eagle_offline.training import loop, state
+from eagle_offline.training import trainer as trainer_module
+from eagle_offline.training.logbook import Logbook, read_metrics, read_rows
+from eagle_offline.training.trainer import StepOutcome, Trainer
+from tests.builders import SCRATCH
+from tests.oracles.children import command as command_of
+from tests.oracles.children import kill_at_call, run_children
+from tests.oracles.spoiled import spoil
+from tests.training.caches import (
+    Stop,
+    assert_same_run,
+    flags,
+    latest,
+    metrics,
+    settings,
+    shared_cache,
+    train,
+    trainer_of,
+)
 from tests.training.forked import WarmProcess
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -31,16 +47,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def train_until(chosen: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train in this process and ask to stop while the optimizer step that ends at `step` is done."""
-    stop, original = Stop(), loop.Trainer.step
+    stop, original = Stop(), Trainer.step
 
-    def watched(trainer: loop.Trainer, *arguments: Any, **named: Any) -> float:
+    def watched(trainer: Trainer, *arguments: Any, **named: Any) -> StepOutcome:
         stop.requested = trainer.position.step + 1 >= step
         return original(trainer, *arguments, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop.Trainer, "step", watched)
+        patched.setattr(Trainer, "step", watched)
         with pytest.raises(StoppedEarly, match=f"after step {step} of "):
             train(chosen, stop)
+
+
+def steps_of_epoch(trainer: Trainer, epoch: int) -> int:
+    return -(-len(trainer.packs(epoch)) // trainer.settings.global_batch)
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +77,12 @@ def test_stopped_and_resumed_equals_uninterrupted(variant, uninterrupted, tmp_pa
     """Stopped twice, once early and once in the middle of the second epoch."""
     run, changes = tmp_path / "run", VARIANTS[variant]
     trainer = trainer_of(settings(run, **changes))
-    for number, step in enumerate((1, trainer.steps_per_epoch[0] + 2)):
+    for number, step in enumerate((1, steps_of_epoch(trainer, 0) + 2)):
         train_until(settings(run, resume=number > 0, **changes), step, monkeypatch)
         state = json.loads((latest(run) / "training_state.json").read_text())
-        assert state["position"]["step"] == step < trainer.total_steps
-        assert state["position"]["next_pack"] == (number + 1) * trainer.settings.global_batch, "not inside an epoch"
+        position = state["standing"]["position"]
+        assert position["step"] == step < trainer.total_steps
+        assert position["next_pack"] == (number + 1) * trainer.settings.global_batch, "not inside an epoch"
     train(settings(run, resume=True, **changes))
     assert_same_run(run, uninterrupted[variant])
 
@@ -110,8 +131,7 @@ KILLED = {"num_epochs": 2, "checkpoint_every": 2, "keep_checkpoints": 2, "log_ev
 
 def command(run: Path, *more: str, **changes: Any) -> list[str]:
     """The command line of `settings(run, **changes)`."""
-    chosen = settings(run, **changes).model_dump(mode="json", exclude_unset=True)
-    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()), *more]
+    return ["train", *flags(settings(run, **changes)), *more]
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +230,7 @@ def test_a_signal_stops_after_the_step_in_hand_and_resume_goes_on(warm, tmp_path
     status = json.loads((run / "status.json").read_text())
     assert status["state"] == "resumable"
     assert status["exit_code"] == 5
-    stopped_at = json.loads((latest(run) / "training_state.json").read_text())["position"]["step"]
+    stopped_at = json.loads((latest(run) / "training_state.json").read_text())["standing"]["position"]["step"]
     assert 10 < stopped_at < 60
     assert read_metrics(run)[-1]["step"] == stopped_at
 
@@ -219,4 +239,148 @@ def test_a_signal_stops_after_the_step_in_hand_and_resume_goes_on(warm, tmp_path
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     uninterrupted = warm.run(command(tmp_path / "other", **long))
     assert uninterrupted.code == 0, uninterrupted.err
+    assert_same_run(run, tmp_path / "other")
+
+
+# One run, killed in many ways at once: whatever a run can be asked for is on.
+
+
+def everything(run: Path, **changes: Any) -> Any:
+    """Accumulation, a mixture with weights, LK lambda, a spoiled sample to skip, validation and early stopping."""
+    source = shared_cache(dtype="fp32")
+    values = {
+        "cache": (spoil(source, SCRATCH / "spoiled-in-a-mixture", [5], float("nan")), _second_cache()),
+        "cache_weights": (1.0, 0.5),
+        "verify": False,
+        "heldout_share": 0.2,
+        "on_nonfinite": "skip",
+        "lk_loss_type": "lambda",
+        "global_batch": 2,
+        "num_epochs": 6,
+        "eval_every": 3,
+        "early_stopping": 2,
+        "checkpoint_every": 2,
+        "checkpoint_epochs": True,
+        "log_every": 2,
+        "keep_checkpoints": 1,
+        "max_steps": 24,
+    }
+    return settings(run, **{**values, **changes})
+
+
+def _second_cache() -> Path:
+    return shared_cache(dtype="fp32", count=10, seed=1)
+
+
+@pytest.fixture(scope="module")
+def all_at_once(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("all")
+    (ended,) = run_children(command_of(everything(directory / "run")), directory)
+    assert ended.code == 0, ended.err
+    assert read_rows(directory / "run" / "skipped.jsonl"), "the spoiled sample was never met"
+    assert read_metrics(directory / "run")[-1]["step"] < 24, "it never stopped early"
+    return directory / "run"
+
+
+LONG = {"max_steps": 80, "num_epochs": 20, "early_stopping": 20}
+
+
+@pytest.fixture(scope="module")
+def all_for_long(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("long")
+    (ended,) = run_children(command_of(everything(directory / "run", **LONG)), directory)
+    assert ended.code == 0, ended.err
+    return directory / "run"
+
+
+# Where a life may end: what is called, and about how often a life calls it.
+MOMENTS: dict[str, tuple[Any, str, int]] = {
+    "forward of a pack": (trainer_module, "run_pack", 9),
+    "step": (Trainer, "step", 3),
+    "validation": (Trainer, "validate", 2),
+    "checkpoint": (Trainer, "save", 2),
+    "files of a checkpoint": (state, "save_file", 4),
+    "pointers": (state, "write_bytes", 3),
+    "removal": (state, "remove_old_checkpoints", 2),
+    "line": (Logbook, "write", 3),
+    "search for a culprit": (Trainer, "culprits", 1),
+    "settings": (loop, "write_bytes", 1),
+    "restored": (Trainer, "restore", 1),
+    "optimizer": (trainer_module, "learning_rate", 3),
+}
+
+
+def lives(run: Path, seed: int, number: int, directory: Path, **changes: Any) -> int:
+    """Begin the run and kill it, by a draw, until that has happened so often or the run is over; return how often."""
+    draw, killed, over = random.Random(seed), 0, False
+    while killed < number and not over:
+        owner, name, most = MOMENTS[draw.choice(sorted(MOMENTS))]
+        drawn = kill_at_call(owner, name, draw.randint(1, most), after=draw.random() < 0.4)
+        at_latest = kill_at_call(Trainer, "load", 7)  # some moments do not come in a life
+        (ended,) = run_children(
+            command_of(everything(run, resume=True, **changes)),
+            directory,
+            prepare=lambda rank, drawn=drawn, at_latest=at_latest: (drawn(rank), at_latest(rank)),
+        )
+        assert ended.code in (0, -signal.SIGKILL), ended.err
+        killed += ended.code != 0
+        over = ended.code == 0
+    return killed
+
+
+def assert_everything_same(run: Path, expected: Path) -> None:
+    assert_same_run(run, expected)
+    assert read_rows(run / "skipped.jsonl") == read_rows(expected / "skipped.jsonl")
+    assert (run / "best").read_text() == (expected / "best").read_text()
+    names = [sorted(path.name for path in (each / "checkpoints").iterdir()) for each in (run, expected)]
+    assert names[0] == names[1]
+    assert not list(run.rglob(".*")), "half-written files stayed"
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_killed_a_few_times_with_everything_on_equals_uninterrupted(seed, all_at_once, tmp_path):
+    assert lives(tmp_path / "run", seed, 4, tmp_path) == 4
+    (ended,) = run_children(command_of(everything(tmp_path / "run", resume=True)), tmp_path)
+    assert ended.code == 0, ended.err
+    assert_everything_same(tmp_path / "run", all_at_once)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 7))
+def test_killed_twenty_times_with_everything_on_equals_uninterrupted(seed, all_for_long, tmp_path):
+    assert lives(tmp_path / "run", seed, 20, tmp_path, **LONG) == 20
+    (ended,) = run_children(command_of(everything(tmp_path / "run", resume=True, **LONG)), tmp_path)
+    assert ended.code == 0, ended.err
+    assert_everything_same(tmp_path / "run", all_for_long)
+
+
+@pytest.mark.parametrize("after", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_in_the_middle_of_an_accumulation_equals_uninterrupted(after, all_at_once, tmp_path):
+    """The second pack of a step: gradients of the first are there, and go with the process."""
+    run = tmp_path / "run"
+    # With lambda each step runs its packs twice, the first time for their overlaps: calls 4, 8, … are second packs.
+    for call in (4, 16):
+        prepare = kill_at_call(trainer_module, "run_pack", call, after=after)
+        (ended,) = run_children(command_of(everything(run, resume=True, eval_every=500)), tmp_path, prepare=prepare)
+        assert ended.code == -signal.SIGKILL, ended.err
+    (ended,) = run_children(command_of(everything(run, resume=True, eval_every=500)), tmp_path)
+    assert ended.code == 0, ended.err
+    (ended,) = run_children(command_of(everything(tmp_path / "other", eval_every=500)), tmp_path)
+    assert ended.code == 0, ended.err
+    assert_everything_same(run, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_two_processes_killed_again_and_again_equal_two_that_were_not(tmp_path):
+    """Both ranks at drawn moments; the same number of processes adds in the same order."""
+    changes = {"on_nonfinite": "stop", "cache": (shared_cache(dtype="fp32"), _second_cache()), "verify": True}
+    run, draw = tmp_path / "run", random.Random(5)
+    for _ in range(6):
+        victim, (owner, name, most) = draw.randrange(2), MOMENTS[draw.choice(("forward of a pack", "step"))]
+        kill = kill_at_call(owner, name, draw.randint(1, 2 * most))
+        prepare = lambda rank, victim=victim, kill=kill: kill(rank) if rank == victim else None  # noqa: E731
+        run_children(command_of(everything(run, resume=True, **changes)), tmp_path, 2, prepare=prepare, timeout=60)
+    for each in (run, tmp_path / "other"):
+        ended = run_children(command_of(everything(each, resume=True, **changes)), tmp_path, 2)
+        assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
     assert_same_run(run, tmp_path / "other")

@@ -17,25 +17,35 @@ def prefetch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-@pytest.mark.parametrize("depth", [1, 2, 7])
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+@pytest.mark.parametrize("depth", [1, 2, 7, None])
 @pytest.mark.parametrize("count", [0, 1, 3, 20])
-def test_results_come_in_the_order_of_the_items(count, depth):
+def test_results_come_in_the_order_of_the_items(count, depth, num_workers):
     def slow_when_even(item: int) -> int:
         time.sleep(0.002 * (item % 2 == 0))
         return item * item
 
-    assert list(prefetch(slow_when_even, range(count), depth)) == [item * item for item in range(count)]
+    found = list(prefetch(slow_when_even, range(count), depth, num_workers))
+    assert found == [item * item for item in range(count)]
+    assert not prefetch_threads()
 
 
-def test_work_is_done_ahead_but_no_further_than_depth():
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_work_is_done_ahead_but_no_further_than_depth(num_workers):
     begun: list[int] = []
     taken: list[int] = []
-    for result in prefetch(lambda item: begun.append(item) or item, range(12), depth=3):
+    for result in prefetch(lambda item: begun.append(item) or item, range(12), 3, num_workers):
         taken.append(result)
         time.sleep(0.005)
         assert max(begun) <= result + 3
     assert taken == list(range(12))
     assert len(begun) == 12
+
+
+def test_workers_work_at_the_same_time():
+    together = threading.Barrier(3)
+    # Nobody gets past the barrier alone.
+    assert list(prefetch(lambda item: together.wait(5) >= 0 and item, range(9), num_workers=3)) == list(range(9))
 
 
 def test_the_next_result_is_made_while_the_last_one_is_used():
@@ -51,13 +61,14 @@ def test_the_next_result_is_made_while_the_last_one_is_used():
     assert second_begun.wait(5), "nothing was made ahead"
 
 
-def test_a_failure_is_raised_where_its_result_would_have_been():
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_a_failure_is_raised_where_its_result_would_have_been(num_workers):
     def work(item: int) -> int:
         if item == 4:
             raise ValueError("item 4")
         return item
 
-    results, seen = prefetch(work, range(9), depth=3), []
+    results, seen = prefetch(work, range(9), 3, num_workers), []
     with pytest.raises(ValueError, match="item 4"):
         seen.extend(results)
     assert seen == [0, 1, 2, 3]
@@ -74,7 +85,8 @@ def test_a_failure_of_the_items_themselves_is_raised():
     assert not prefetch_threads()
 
 
-def test_leaving_early_drops_what_has_not_begun_and_ends_the_thread():
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_leaving_early_drops_what_has_not_begun_and_ends_the_threads(num_workers):
     begun: list[int] = []
 
     def work(item: int) -> int:
@@ -82,20 +94,29 @@ def test_leaving_early_drops_what_has_not_begun_and_ends_the_thread():
         time.sleep(0.02)
         return item
 
-    results = prefetch(work, range(1000), depth=50)
+    results = prefetch(work, range(1000), 500, num_workers)
     assert next(results) == 0
     started = time.monotonic()
     results.close()
     assert time.monotonic() - started < 2
-    assert len(begun) <= 60
+    assert len(begun) <= 60  # of 501 that were asked for
     assert not prefetch_threads()
 
 
-def test_the_thread_that_reads_ahead_computes_alone_and_the_caller_as_before():
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_threads_that_read_ahead_compute_alone_and_the_caller_as_before(num_workers):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        assert list(prefetch(lambda _: torch.get_num_threads(), [0, 1])) == [1, 1]
+        together = threading.Barrier(num_workers)
+
+        def work(_: int) -> tuple[int, int]:
+            together.wait(5)  # one item a worker
+            return threading.get_ident(), torch.get_num_threads()
+
+        found = list(prefetch(work, range(num_workers), num_workers=num_workers))
+        assert len({thread for thread, _ in found}) == num_workers
+        assert [count for _, count in found] == [1] * num_workers
         assert torch.get_num_threads() == 2
         with ThreadPoolExecutor(1) as other:
             assert other.submit(torch.get_num_threads).result() == 2

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_offline.data import sampler
-from eagle_offline.data.sampler import SHUFFLE_WINDOW_SHARDS, heldout_mask, plan_epoch, plan_packs
+from eagle_offline.data.sampler import SHUFFLE_WINDOW_SHARDS, heldout_mask, plan_epoch, plan_packs, weighted_samples
 
 
 def corpus(num_shards: int = 40, shard_size: int = 7, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -121,3 +121,39 @@ def test_a_larger_share_only_adds_samples():
 def test_nothing_is_held_out_of_a_share_of_zero():
     assert not heldout_mask(np.arange(1000), 0.0, seed=0).any()
     assert heldout_mask(np.array([], np.int64), 0.5, seed=0).shape == (0,)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 40), st.floats(0.01, 3.5), st.integers(0, 3), st.integers(0, 5), st.integers(1, 6))
+def test_weighted_epochs_in_a_row_go_round_and_round(count, weight, seed, first, epochs):
+    """Whatever epoch one begins at, no sample is two visits ahead of another, and no epoch is off by more than one."""
+    samples = np.arange(count) * 3 + 1
+    drawn = [weighted_samples(samples, weight, seed, 2, epoch) for epoch in range(first, first + epochs)]
+    assert all(set(each.tolist()) <= set(samples.tolist()) for each in drawn)
+    assert all(abs(len(each) - weight * count) <= 1 for each in drawn)
+    visits = np.array([(np.concatenate(drawn) == sample).sum() for sample in samples])
+    assert visits.size == 0 or visits.max() - visits.min() <= 1
+
+
+def test_a_half_is_another_half_in_the_next_epoch_and_the_same_one_in_another_process():
+    samples = np.arange(100, 131)
+    halves = [weighted_samples(samples, 0.5, seed=4, number=1, epoch=epoch) for epoch in range(4)]
+    for one, two in pairwise(halves):
+        assert len(set(one.tolist()) ^ set(two.tolist())) >= 30
+    assert sorted(np.concatenate(halves[:2]).tolist()) == samples.tolist()
+    np.testing.assert_array_equal(halves[2], weighted_samples(samples, 0.5, seed=4, number=1, epoch=2))
+    assert set(halves[0].tolist()) != set(weighted_samples(samples, 0.5, seed=5, number=1, epoch=0).tolist())
+    assert set(halves[0].tolist()) != set(weighted_samples(samples, 0.5, seed=4, number=0, epoch=0).tolist())
+
+
+def test_whole_weights_are_whole_passes():
+    samples = np.array([7, 3, 9])
+    for weight in (1, 2.0, 3):
+        assert sorted(weighted_samples(samples, weight, 0, 0, 5).tolist()) == sorted([7, 3, 9] * int(weight))
+
+
+def test_a_sample_that_is_visited_twice_stands_twice_in_the_order():
+    shards, lengths = corpus()
+    chosen = np.concatenate([np.arange(20), np.arange(20)])
+    packs = plan_epoch(chosen, shards, lengths, 1, 0, 300)
+    assert sorted(np.concatenate(packs).tolist()) == sorted(chosen.tolist())

@@ -9,7 +9,8 @@ from eagle_offline.alignment import SlotBatch, doc_remaining, position_ids
 from eagle_offline.cache import codec
 from eagle_offline.cache.layout import FieldLayout
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
-from eagle_offline.objectives.ttt import decayed_mean, unroll
+from eagle_offline.objectives.ttt import unroll
+from eagle_offline.objectives.ttt_loss import TTTLoss
 from eagle_offline.supervision import Head
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -51,10 +52,10 @@ def test_unroll_on_a_device_in_float32_equals_float64_on_the_cpu(device):
     exact_model = Eagle3DraftModel(config).double()
     exact_model.load_state_dict(model.state_dict())
     exact = unroll(exact_model, batch_to(batch, "cpu", torch.float64), ttt_steps=4)
-    decayed_mean(exact.losses / exact.counts).backward()
+    TTTLoss(len(exact.losses)).loss(exact).backward()
     model = model.to(device)
     sums = unroll(model, batch_to(batch, device, torch.float32), ttt_steps=4)
-    decayed_mean(sums.losses / sums.counts).backward()
+    TTTLoss(len(sums.losses)).loss(sums).backward()
     torch.testing.assert_close(sums.losses.cpu().double(), exact.losses, rtol=1e-5, atol=1e-5)
     assert torch.equal(sums.counts.cpu(), exact.counts)
     for (name, parameter), other in zip(model.named_parameters(), exact_model.parameters(), strict=True):

@@ -7,7 +7,8 @@ import pytest
 from benchmarks.caches import small_cache
 from eagle_offline import stages
 from eagle_offline.cache.reader import open_cache
-from eagle_offline.config import EvaluateSettings, TrainSettings
+from eagle_offline.config import EvaluateSettings
+from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.logbook import read_metrics
 from tests.gpu.test_device_twins import DEVICES
 

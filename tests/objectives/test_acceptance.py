@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from eagle_offline import simulated_accept_length
 from eagle_offline.alignment import SlotBatch
-from eagle_offline.objectives.acceptance import walk_answers, walked_accept_length
+from eagle_offline.objectives.acceptance import expected_accept_length, walk_answers, walked_accept_length
+from eagle_offline.objectives.ttt import UnrollSums
 from tests.oracles import acceptance as oracle
 
 
@@ -266,3 +267,61 @@ def test_an_answer_at_the_end_of_its_text_does_not_reach_into_the_next() -> None
     batch = packed_batch([[first, second]], 7)
     # All right: x_1 known, x_2 and x_3 accepted; in the second text x_1 is known and x_2 accepted.
     assert walk_answers(torch.ones(4, 1, 7, dtype=torch.bool), batch) == (3 + 2, 2)
+
+
+# --- Expected lengths: tokens drawn at temperature 1 ---
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[list[list[float]], list[list[bool]]]:
+    """Overlaps and validity [K][T]; a slot may be valid and not supervised: its overlap is 0."""
+    num_slots, num_steps = draw(st.integers(1, 9)), draw(st.integers(1, 4))
+    overlap = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1))
+    valid = [[draw(st.booleans()) for _ in range(num_slots)] for _ in range(num_steps)]
+    overlaps = [[draw(overlap) if v else 0.0 for v in step] for step in valid]
+    return overlaps, valid
+
+
+def sums_of(overlaps: list[list[float]], valid: list[list[bool]]) -> UnrollSums:
+    nothing = torch.zeros(len(valid))
+    return UnrollSums(
+        losses=nothing,
+        counts=nothing.long(),
+        overlaps=nothing,
+        log_overlaps=nothing,
+        step_hits=torch.zeros(len(valid), 1, len(valid[0]), dtype=torch.bool),
+        step_overlaps=torch.tensor(overlaps, dtype=torch.float64)[:, None],
+        step_valid=torch.tensor(valid)[:, None],
+    )
+
+
+@given(chains())
+@settings(max_examples=200, deadline=None)
+def test_expected_length_equals_survival_slot_by_slot(chain: tuple[list[list[float]], list[list[bool]]]) -> None:
+    sums = sums_of(*chain)
+    found = float(expected_accept_length(sums.chain_overlaps(), sums.prefix_valid()))
+    assert found == pytest.approx(oracle.expected_accept_length(*chain), rel=1e-12)
+    assert 1 <= found <= len(chain[1]) + 1
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_expected_length_of_one_slot_is_the_mean_over_the_outcomes_of_a_round(overlaps: list[float]) -> None:
+    sums = sums_of([[overlap] for overlap in overlaps], [[True]] * len(overlaps))
+    found = float(expected_accept_length(sums.chain_overlaps(), sums.prefix_valid()))
+    assert found == pytest.approx(oracle.decoded_length(overlaps), rel=1e-9)
+
+
+def test_overlaps_of_zero_and_one_give_the_simulated_length() -> None:
+    generator = torch.Generator().manual_seed(3)
+    valid = torch.rand(4, 1, 50, generator=generator) < 0.8
+    hits = valid & (torch.rand(4, 1, 50, generator=generator) < 0.6)
+    sums = sums_of(hits[:, 0].double().tolist(), valid[:, 0].tolist())
+    simulated = simulated_accept_length(hits.long().cumprod(dim=0).sum(dim=(1, 2)), sums.prefix_valid())
+    assert float(expected_accept_length(sums.chain_overlaps(), sums.prefix_valid())) == float(simulated)
+
+
+def test_a_slot_that_is_valid_and_not_supervised_counts_as_refused() -> None:
+    """Two slots; the second one's best token is outside the draft vocabulary."""
+    sums = sums_of([[0.5, 0.0]], [[True, True]])
+    assert float(expected_accept_length(sums.chain_overlaps(), sums.prefix_valid())) == 1.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
@@ -43,3 +44,29 @@ def walked_accept_length(
             rounds += 1
             place += accepted + 1
     return tokens, rounds
+
+
+def expected_accept_length(step_overlaps: Sequence[Sequence[float]], step_valid: Sequence[Sequence[bool]]) -> float:
+    """One plus, for each step, the mean probability that a chain survives to it, over slots valid all the way.
+
+    `step_overlaps[k][slot]` is the probability of accepting the token drafted at step k, 0 where nothing supervises.
+    """
+    length = 1.0
+    for k in range(len(step_valid)):
+        survivals = [
+            math.prod(step_overlaps[j][t] for j in range(k + 1))
+            for t in range(len(step_valid[0]))
+            if all(step_valid[j][t] for j in range(k + 1))
+        ]
+        if survivals:
+            length += sum(survivals) / len(survivals)
+    return length
+
+
+def decoded_length(overlaps: Sequence[float]) -> float:
+    """The mean yield of one round by its outcomes: a tokens accepted, then a refusal or the chain's end, one more."""
+    mean, survival = 0.0, 1.0
+    for accepted, overlap in enumerate(overlaps):
+        mean += survival * (1 - overlap) * (accepted + 1)
+        survival *= overlap
+    return mean + survival * (len(overlaps) + 1)

@@ -220,6 +220,7 @@ def unroll(
     lk_loss_type: str | None = None,
     lk_kl_scale: float = 1.0,
     lk_kl_decay: float = 3.0,
+    step_decay: float = DECAY,
     visible: Visible = base_and_diagonal,
     rope_advances: bool = True,
 ) -> Unroll:
@@ -257,7 +258,7 @@ def unroll(
         valid.append(valid_k.flatten().tolist())
 
     prefix_hits, prefix_valid = prefix_counts(right, valid)
-    weights = [DECAY**k for k in range(ttt_steps)]
+    weights = [step_decay**k for k in range(ttt_steps)]
     total_loss = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
     pairs = sum(counts)
     return Unroll(

@@ -54,6 +54,7 @@ class Kind:
     full_vocabulary: bool = False
     embeddings_trained: bool = False
     target_hidden_size: int = HIDDEN_SIZE
+    layer_style: str = "llama"
     rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
     @property
@@ -84,7 +85,12 @@ KINDS = {
         }
     ),
     "linear_rope": Kind(rope={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+    "qwen3": Kind(layer_style="qwen3"),
+    "qwen3_two_layers_31": Kind(layer_style="qwen3", num_layers=2, fc_norm=True, norm_output=True),
 }
+# Another width than the target's: flat directories alone hold it, with its own embeddings.
+NARROW = Kind(target_hidden_size=24)
+FLAT_KINDS = {**KINDS, "narrow": NARROW, "narrow_qwen3": Kind(target_hidden_size=24, layer_style="qwen3")}
 
 
 def make_model(kind: Kind = PLAIN, seed: int = 0) -> Eagle3DraftModel:
@@ -102,6 +108,7 @@ def make_model(kind: Kind = PLAIN, seed: int = 0) -> Eagle3DraftModel:
         num_aux_hidden_states=kind.num_aux,
         fc_norm=kind.fc_norm,
         norm_output=kind.norm_output,
+        layer_style=kind.layer_style,
         rope_parameters=dict(kind.rope),
         max_position_embeddings=64,
         initializer_range=0.2,
@@ -141,9 +148,9 @@ def make_origin(kind: Kind = PLAIN, **changes: Any) -> DraftOrigin:
 
 
 def llama_fields(kind: Kind = PLAIN) -> dict[str, Any]:
-    """Llama's fields of a draft without RoPE scaling, in float32."""
-    return {
-        "model_type": "llama",
+    """Llama's or Qwen3's fields of a draft without RoPE scaling, in float32."""
+    fields = {
+        "model_type": kind.layer_style,
         "vocab_size": VOCAB_SIZE,
         "hidden_size": HIDDEN_SIZE,
         "intermediate_size": MIDDLE_SIZE,
@@ -161,13 +168,13 @@ def llama_fields(kind: Kind = PLAIN) -> dict[str, Any]:
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "rope_theta": 10000.0,
         "attention_bias": False,
-        "mlp_bias": False,
         "tie_word_embeddings": False,
         "use_cache": True,
         "dtype": "float32",
         "torch_dtype": "float32",
         "num_aux_hidden_states": kind.num_aux,
     }
+    return fields | ({"use_sliding_window": False} if kind.layer_style == "qwen3" else {"mlp_bias": False})
 
 
 def vocabulary(kind: Kind = PLAIN) -> dict[str, Tensor]:
@@ -185,12 +192,12 @@ def flat(kind: Kind = PLAIN) -> Directory:
     tensors = {
         name.replace("layers.0.", "midlayer."): tensor.clone()
         for name, tensor in make_model(kind).state_dict().items()
-        if name != "embed_tokens.weight"
+        if name != "embed_tokens.weight" or kind.target_hidden_size != HIDDEN_SIZE
     }
     for index in range(1, kind.num_layers):
         tensors[f"layers.{index}.hidden_norm.weight"] = tensors[f"layers.{index}.input_layernorm.weight"].clone()
     config = {
-        "architectures": ["LlamaForCausalLMEagle3"],
+        "architectures": ["Eagle3Qwen3ForCausalLM" if kind.layer_style == "qwen3" else "LlamaForCausalLMEagle3"],
         **llama_fields(kind),
         "draft_vocab_size": len(kind.selected),
         "fc_norm": kind.fc_norm,
@@ -198,6 +205,8 @@ def flat(kind: Kind = PLAIN) -> Directory:
         AUX_IDS: [layer_id + 1 for layer_id in kind.outputs],
         "eagle_config": {AUX_IDS: kind.outputs, "use_aux_hidden_state": True},
     }
+    if kind.target_hidden_size != HIDDEN_SIZE:
+        config["target_hidden_size"] = kind.target_hidden_size
     return Directory(config, tensors | vocabulary(kind))
 
 

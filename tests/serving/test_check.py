@@ -150,6 +150,7 @@ def peagle(made):
 
 ALL_FLAT, ALL_NESTED = ENGINES_THAT_READ["flat"], ENGINES_THAT_READ["speculators"]
 Q_BIAS, FC_NORM, ETC = "midlayer.self_attn.q_proj.bias", "fc_norm.0.weight", Kind(full_vocabulary=True)
+QWEN3 = Kind(layer_style="qwen3")
 QK_NORMS = both(*(tensor(f"midlayer.self_attn.{part}_norm.weight", torch.ones(HEAD_DIM)) for part in "qk"))
 ROPE2 = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 UNTIED_NOTES = ("vllm", "eagle")
@@ -173,6 +174,15 @@ BROKEN = [
         also=frozenset({("architecture", "sglang")}),
     ),
     Broken("qwen3-layers", put_field("model_type", "qwen3"), ALL_NESTED, layout="speculators"),
+    Broken("qwen3-layers", become(lambda: flat(QWEN3)), ("sglang", "eagle"),
+           also=frozenset({("architecture", "sglang")})),
+    Broken("qwen3-layers", no_tensor("layers.0.self_attn.q_norm.weight"), ALL_NESTED, layout="speculators",
+           kind=QWEN3),
+    Broken("qwen3-layers", put_field("model_type", "llama"), ALL_NESTED, layout="speculators", kind=QWEN3),
+    Broken("shapes", tensor("layers.0.self_attn.k_norm.weight", torch.ones(3)), ALL_NESTED, layout="speculators",
+           kind=QWEN3),
+    Broken("finite", tensor("layers.0.self_attn.k_norm.weight", torch.full((4,), torch.nan)), ALL_NESTED,
+           layout="speculators", kind=QWEN3),
     Broken("speculators-fields", settings("proposal_methods", []), ALL_NESTED, layout="speculators"),
     Broken("speculators-fields", settings("verifier", {}), ALL_NESTED, layout="speculators"),
     Broken("speculators-fields", put("speculators_model_type", "dflash"), ALL_NESTED, layout="speculators"),

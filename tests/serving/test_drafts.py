@@ -17,6 +17,7 @@ from eagle_offline.serving.check import check_draft
 from eagle_offline.serving.drafts import detect_layout, read_draft
 from tests.serving.directories import (
     AUX_IDS,
+    FLAT_KINDS,
     HIDDEN_SIZE,
     KINDS,
     LAYOUTS,
@@ -52,6 +53,35 @@ def test_a_foreign_draft_is_read(tmp_path, layout):
     assert_same_weights(draft.model, make_model(), without=() if embedded else ("embed_tokens.weight",))
     assert draft.model.embed_tokens.weight.any() == embedded
     assert detect_layout(tmp_path) == layout
+
+
+@pytest.mark.parametrize("kind", ["narrow", "narrow_qwen3"])
+def test_a_foreign_draft_of_another_width_brings_its_embeddings(tmp_path, kind):
+    draft = read_draft(flat(FLAT_KINDS[kind]).write(tmp_path))
+    assert draft.has_embeddings
+    assert_same_weights(draft.model, make_model(FLAT_KINDS[kind]))
+    made = flat(FLAT_KINDS[kind])
+    del made.tensors["embed_tokens.weight"]
+    refused(made.write(tmp_path), DataError, "missing tensors: embed_tokens.weight")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_foreign_draft_of_qwen3_layers_is_read(tmp_path, layout):
+    kind = KINDS["qwen3_two_layers_31"]
+    draft = read_draft(LAYOUTS[layout](kind).write(tmp_path))
+    assert draft.model.config.layer_style == "qwen3"
+    without = () if layout == "speculators" else ("embed_tokens.weight",)
+    assert_same_weights(draft.model, make_model(kind), without)
+
+
+def test_a_checkpoint_that_names_no_layer_style_is_of_llama_layers(tmp_path):
+    write_draft(tmp_path, make_model(), torch.tensor(SELECTED), make_origin())
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content.pop("layer_style") == "llama"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert read_draft(tmp_path).model.config.layer_style == "llama"
+    (tmp_path / "config.json").write_text(json.dumps(content | {"layer_style": ["gemma"]}))
+    refused(tmp_path, DataError, "layer_style: expected one of llama, qwen3, found")
 
 
 def test_a_directory_without_aux_ids_or_t2d_says_so(tmp_path):
@@ -154,7 +184,15 @@ REFUSED = {
     "fc width": (put("fc.weight", torch.zeros(HIDDEN_SIZE, 47)), MismatchError, "47"),
     "attention bias": (write("attention_bias", True), MismatchError, "attention_bias"),
     "q norm": (put("midlayer.self_attn.q_norm.weight", torch.ones(4)), MismatchError, "q/k norm"),
-    "qwen3": (write("model_type", "qwen3"), MismatchError, "qwen3"),
+    "qwen3 by type alone": (write("model_type", "qwen3"), MismatchError, "model_type 'qwen3' with llama layers"),
+    "qwen3 by name alone": (write("architectures", ["Eagle3Qwen3ForCausalLM"]), MismatchError, "'llama' with qwen3"),
+    "qwen3 without norms": (
+        lambda made: made.config.update(architectures=["Eagle3Qwen3ForCausalLM"], model_type="qwen3"),
+        DataError,
+        "missing tensors: layers.0.self_attn.q_norm.weight, layers.0.self_attn.k_norm.weight",
+    ),
+    "window": (write("use_sliding_window", True), MismatchError, "sliding attention"),
+    "another model type": (write("model_type", "gemma3"), MismatchError, "model_type 'gemma3'"),
     "norm before residual": (write("norm_before_residual", True), MismatchError, "norm_before_residual"),
     "norm before fc": (write("norm_before_fc", True), MismatchError, "norm_before_fc"),
     "parallel": (put("mask_hidden", torch.zeros(1, 1, 48)), MismatchError, "P-EAGLE"),

@@ -16,6 +16,7 @@ from eagle_offline.config import EvaluateSettings
 from eagle_offline.serving.evaluation import Evaluator
 from eagle_offline.serving.results import Evaluation
 from eagle_offline.stages import evaluate
+from eagle_offline.training.state import best_checkpoint
 from tests.builders import CHATML, SCRATCH, run_cli, save_target, shared_target, write_jsonl
 from tests.training.caches import latest, settings, train
 
@@ -140,7 +141,7 @@ def test_the_command_prints_the_tables(run, questions):
 def test_a_checkpoint_and_both_exports_decode_as_the_run_does(run, questions, found, tmp_path):
     ended = run_cli("export", run, "--target", shared_target(), "--output-dir", tmp_path / "out", "--dtype", "fp32")
     assert ended.code == 0, ended.err
-    for draft in (latest(run), tmp_path / "out" / "flat", tmp_path / "out" / "speculators"):
+    for draft in (best_checkpoint(run), tmp_path / "out" / "flat", tmp_path / "out" / "speculators"):
         again = evaluate(chosen(draft, questions)).drafters["trained"]
         assert again.accept_rate == found[0].drafters["trained"].accept_rate, draft
 

@@ -22,7 +22,16 @@ from eagle_offline.serving import export as exporting
 from eagle_offline.serving.check import check_draft
 from eagle_offline.serving.drafts import ServedDraft, read_draft
 from eagle_offline.serving.export import export_draft
-from tests.serving.directories import KINDS, LAYOUTS, PLAIN, Kind, flat, make_model, make_origin
+from tests.serving.directories import (
+    FLAT_KINDS,
+    HIDDEN_SIZE,
+    KINDS,
+    PLAIN,
+    Kind,
+    flat,
+    make_model,
+    make_origin,
+)
 
 # By kind and layout: engines that must serve it as it was trained. Everything else must not look clean.
 CLEAN = {
@@ -34,7 +43,12 @@ CLEAN = {
     "four_aux_layers": {"flat": {"vllm", "sglang"}, "speculators": {"vllm", "speculators"}},
     "llama3_rope": {"flat": {"vllm", "sglang"}, "speculators": {"vllm", "speculators"}},
     "linear_rope": {"flat": {"vllm", "sglang", "eagle"}, "speculators": {"vllm", "speculators"}},
+    "qwen3": {"flat": {"vllm"}, "speculators": {"vllm", "speculators"}},
+    "qwen3_two_layers_31": {"flat": {"vllm"}, "speculators": {"vllm", "speculators"}},
+    "narrow": {"flat": {"vllm", "sglang", "eagle"}},
+    "narrow_qwen3": {"flat": {"vllm"}},
 }
+CASES = [(kind, layout) for kind, layouts in CLEAN.items() for layout in layouts]
 
 
 def trained(tmp_path: Path, kind: Kind = PLAIN, **origin) -> ServedDraft:
@@ -49,10 +63,9 @@ def export(draft: ServedDraft, output_dir: Path, layout: str = "flat", **changes
     return export_draft(draft, layout, output_dir, **{**given, **changes})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_an_export_is_clean_for_its_engines_and_no_others(tmp_path, kind, layout):
-    result = export(trained(tmp_path, KINDS[kind]), tmp_path / "out", layout)
+    result = export(trained(tmp_path, FLAT_KINDS[kind]), tmp_path / "out", layout)
     report = check_draft(tmp_path / "out")
     assert {engine for engine in result["engines"] if report.is_clean(engine)} == CLEAN[kind][layout]
     assert set(report.claimed) == CLEAN[kind][layout]
@@ -60,19 +73,21 @@ def test_an_export_is_clean_for_its_engines_and_no_others(tmp_path, kind, layout
     assert result["engines"] == report.to_json()["engines"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_an_export_is_read_back_bit_for_bit(tmp_path, kind, layout):
-    draft = trained(tmp_path, KINDS[kind])
+    made = FLAT_KINDS[kind]
+    draft = trained(tmp_path, made)
     export(draft, tmp_path / "out", layout, dtype="fp32")
     back = read_draft(tmp_path / "out")
     assert (back.layout, back.aux_layer_ids, back.origin) == (layout, draft.aux_layer_ids, draft.origin)
     assert torch.equal(back.selected_token_ids, draft.selected_token_ids)
-    assert back.has_embeddings == (KINDS[kind].embeddings_trained or layout == "speculators")
+    own = made.embeddings_trained or made.target_hidden_size != HIDDEN_SIZE
+    assert back.has_embeddings == (own or layout == "speculators")
     for name, tensor in draft.model.state_dict().items():
         if name != "embed_tokens.weight" or back.has_embeddings:
             assert torch.equal(back.model.state_dict()[name], tensor), name
-    for name in ("rope_parameters", "rms_norm_eps", "head_dim", "hidden_act", "fc_norm", "norm_output"):
+    names = ("rope_parameters", "rms_norm_eps", "head_dim", "hidden_act", "fc_norm", "norm_output", "layer_style")
+    for name in (*names, "target_hidden_size"):
         theirs, ours = getattr(draft.model.config, name), getattr(back.model.config, name)
         if name == "rope_parameters":
             ours = {key: value for key, value in ours.items() if key != "type"}
@@ -185,7 +200,7 @@ def test_a_draft_of_another_width_is_exported_flat_with_its_embeddings(tmp_path)
     report = check_draft(tmp_path / "out")
     assert set(report.claimed) == {"vllm", "sglang", "eagle"}
     assert report.is_clean_as_claimed
-    with pytest.raises(MismatchError, match="--layout flat"):
+    with pytest.raises(MismatchError, match="--to flat"):
         export(draft, tmp_path / "nested", "speculators")
 
 

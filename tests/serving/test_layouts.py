@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from eagle_offline.serving.layouts import (
     flat_layout,
@@ -15,7 +15,7 @@ from eagle_offline.serving.layouts import (
     rope_fields,
     speculators_layout,
 )
-from tests.serving.directories import EXECUTED, KINDS, LAYOUTS, OUTPUTS, SELECTED, Kind, make_model
+from tests.serving.directories import EXECUTED, FLAT_KINDS, KINDS, LAYOUTS, OUTPUTS, SELECTED, Kind, make_model
 
 NAMED = {"target_name": "org/target", "target_architectures": ["LlamaForCausalLM"], "num_draft_tokens": 3}
 UNSCALED = [name for name in KINDS if not name.endswith("rope")]
@@ -53,6 +53,25 @@ def test_layout_is_the_directory_written_by_hand(layout, kind):
     for name, tensor in expected.tensors.items():
         assert tensors[name].dtype == tensor.dtype, name
         assert torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["narrow", "narrow_qwen3"])
+def test_a_narrow_draft_is_the_flat_directory_written_by_hand_with_its_embeddings(kind):
+    config, tensors = laid_out("flat", FLAT_KINDS[kind], include_embeddings=True)
+    expected = LAYOUTS["flat"](FLAT_KINDS[kind])
+    assert config == expected.config
+    assert tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_qwen3_fields_are_those_that_transformers_reads(layout):
+    config, _ = laid_out(layout, KINDS["qwen3"])
+    fields = config.get("transformer_layer_config", config)
+    read = Qwen3Config(**fields)
+    assert (read.head_dim, read.num_key_value_heads, read.sliding_window, read.layer_types) == (
+        4, 2, None, ["full_attention"],
+    )  # fmt: skip
 
 
 def test_aux_ids_are_one_more_at_the_border_and_back():

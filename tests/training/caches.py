@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from eagle_offline.config import TrainSettings
+from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training import loop
+from eagle_offline.training.corpus import open_corpus
 from eagle_offline.training.logbook import MetricsRow, read_metrics
+from eagle_offline.training.trainer import Trainer
 from tests.builders import SCRATCH, make_cache, shared_chat
 
 NUM_SAMPLES = 24
@@ -45,7 +47,7 @@ def _made(target_encoding: str, dtype: str, count: int, seed: int) -> Path:
 def settings(output_dir: Path, **changes: Any) -> TrainSettings:
     """A run of about twenty small steps."""
     values = {
-        "cache": shared_cache(),
+        "cache": (shared_cache(),),
         "output_dir": output_dir,
         "heldout_share": 0.2,
         "ttt_steps": 3,
@@ -56,6 +58,16 @@ def settings(output_dir: Path, **changes: Any) -> TrainSettings:
         "device": "cpu",
     }
     return TrainSettings(**{**values, **changes})
+
+
+def flags(chosen: TrainSettings) -> list[str]:
+    """The command line that gives these settings."""
+    values = chosen.model_dump(mode="json", exclude_unset=True)
+    return [
+        f"--{name.replace('_', '-')}={item}"
+        for name, value in values.items()
+        for item in (value if isinstance(value, list) else [value])
+    ]
 
 
 class Stop:
@@ -73,8 +85,8 @@ def train(chosen: TrainSettings, stop: Any = None) -> dict[str, Any]:
     return loop.run(chosen, stop or Stop())
 
 
-def trainer_of(chosen: TrainSettings) -> loop.Trainer:
-    return loop.Trainer(chosen, loop.open_corpus(chosen))
+def trainer_of(chosen: TrainSettings) -> Trainer:
+    return Trainer(chosen, open_corpus(chosen))
 
 
 def copied_cache(destination: Path, source: Path | None = None) -> Path:
@@ -107,5 +119,5 @@ def assert_same_run(run: Path, expected: Path) -> None:
         assert ours[name].dtype == tensor.dtype, name
         assert torch.equal(ours[name], tensor), name
     states = [json.loads((latest(path) / "training_state.json").read_text()) for path in (run, expected)]
-    assert states[0]["position"] == states[1]["position"]
+    assert states[0]["standing"] == states[1]["standing"]
     assert metrics(run) == metrics(expected)

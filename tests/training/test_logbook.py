@@ -17,12 +17,16 @@ def row(step: int, kind: str = "train", **more: float) -> MetricsRow:
     )  # fmt: skip
 
 
+def up_to(step: int):
+    return lambda line: line["step"] <= step
+
+
 def steps(directory) -> list[int]:
     return [line["step"] for line in read_metrics(directory)]
 
 
 def test_rows_are_read_back_as_written(tmp_path):
-    logbook = Logbook(tmp_path, 0)
+    logbook = Logbook(tmp_path / METRICS_FILE, up_to(0))
     rows = [row(0, "heldout", walked_accept_length=1.25), row(1, grad_norm=0.1), row(2, learning_rate=1e-300)]
     for each in rows:
         logbook.write(each)
@@ -30,16 +34,16 @@ def test_rows_are_read_back_as_written(tmp_path):
 
 
 def test_a_row_is_in_the_file_when_write_returns(tmp_path):
-    logbook = Logbook(tmp_path, 0)
+    logbook = Logbook(tmp_path / METRICS_FILE, up_to(0))
     logbook.write(row(1))
     assert json.loads((tmp_path / METRICS_FILE).read_text())["step"] == 1
 
 
 def test_rows_after_the_checkpoint_are_dropped_and_written_again(tmp_path):
-    logbook = Logbook(tmp_path, 0)
+    logbook = Logbook(tmp_path / METRICS_FILE, up_to(0))
     for step in range(1, 6):
         logbook.write(row(step))
-    logbook = Logbook(tmp_path, 3)
+    logbook = Logbook(tmp_path / METRICS_FILE, up_to(3))
     assert steps(tmp_path) == [1, 2, 3]
     logbook.write(row(4))
     assert steps(tmp_path) == [1, 2, 3, 4]
@@ -47,7 +51,7 @@ def test_rows_after_the_checkpoint_are_dropped_and_written_again(tmp_path):
 
 @pytest.mark.parametrize("cut", [1, 20, 70])
 def test_a_torn_last_line_is_left_out_and_removed_on_resume(tmp_path, cut):
-    logbook = Logbook(tmp_path, 0)
+    logbook = Logbook(tmp_path / METRICS_FILE, up_to(0))
     for step in (1, 2, 3):
         logbook.write(row(step))
     path = tmp_path / METRICS_FILE
@@ -55,7 +59,7 @@ def test_a_torn_last_line_is_left_out_and_removed_on_resume(tmp_path, cut):
     last = len(whole.splitlines(keepends=True)[-1])
     path.write_bytes(whole[: len(whole) - last + cut])
     assert steps(tmp_path) == [1, 2]
-    Logbook(tmp_path, 2).write(row(3))
+    Logbook(tmp_path / METRICS_FILE, up_to(2)).write(row(3))
     assert path.read_bytes() == whole
 
 

@@ -13,18 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from eagle_offline.config import TrainSettings
 from eagle_offline.errors import UsageError
+from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.logbook import read_metrics
-from eagle_offline.training.ranks import Ranks, read_ranks
-from tests.training.caches import checkpoint_tensors, settings, train
+from eagle_offline.training.ranks import GradientSum, Ranks, read_ranks
+from tests.oracles.children import command, run_children, run_ranks
+from tests.training.caches import checkpoint_tensors, flags, settings, train, trainer_of
 
 GLOBAL_BATCH = 4
-
-
-def flags(chosen: TrainSettings) -> list[str]:
-    values = chosen.model_dump(mode="json", exclude_unset=True)
-    return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 
 
 def torchrun(size: int, chosen: TrainSettings, *more: str) -> subprocess.CompletedProcess[str]:
@@ -90,10 +86,98 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     assert_alike(tmp_path / "run", alone)
 
 
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_last_step_that_leaves_a_rank_without_packs(size, tmp_path):
+    """Every epoch ends with fewer packs than there are ranks; one rank's gradients are zero there."""
+    runs = [tmp_path / "one", tmp_path / "many"]
+    changes = {"global_batch": 4, "tokens_per_batch": 100, "num_epochs": 2, "heldout_share": 0, "eval_every": None}
+    lasts: list[int] = []
+    for budget in range(60, 200, 3):
+        changes["tokens_per_batch"] = budget
+        trainer = trainer_of(settings(runs[0], **changes))
+        lasts = [len(packs) for position, packs in trainer.remaining_steps() if position.next_pack == 0]
+        if min(lasts) < size:
+            break
+    assert min(lasts) < size, lasts
+    for run, count in zip(runs, (1, size), strict=True):
+        ended = run_children(command(settings(run, **changes)), tmp_path, count)
+        assert [one.code for one in ended] == [0] * count, [one.err for one in ended]
+    assert_alike(runs[1], runs[0])
+
+
+def _parameters() -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4), (5,), (2, 2), (4,)]
+    return [torch.nn.Parameter(torch.randn(*s, generator=generator, dtype=torch.float64)) for s in shapes]
+
+
+def _backwards(parameters: list[torch.nn.Parameter], rank: int, passes: int, arm: Any) -> None:
+    """Backward passes of one rank; the last parameter has a gradient on rank 1 alone, the third on none."""
+    for number in range(passes):
+        factor = 1.0 + 10 * rank + 100 * number
+        loss = (factor * parameters[0] ** 2).sum() + (factor * parameters[1] * parameters[0].sum()).sum()
+        if rank == 1:
+            loss = loss + parameters[3].sum() * factor
+        if number == passes - 1:
+            arm()
+        loss.backward()
+
+
+@pytest.mark.parametrize("passes", [(1, 1), (3, 2), (2, 0), (0, 1), (0, 0)])
+def test_sums_while_backward_runs_are_the_sums_of_single_gradients(passes, tmp_path):
+    """Two steps in a row; a rank without work takes part with zeros; only the last pass of a step sends."""
+    expected = _parameters()
+    for rank in range(2):
+        _backwards(expected, rank, passes[rank], lambda: None)
+    wanted = [torch.zeros_like(p) if p.grad is None else p.grad for p in expected]
+
+    def work(rank: int) -> None:
+        parameters = _parameters()
+        sums = GradientSum(Ranks(rank, 2, rank), parameters)
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = None
+            _backwards(parameters, rank, passes[rank], sums.arm)
+            sums.finish()
+            for parameter, gradient in zip(parameters, wanted, strict=True):
+                torch.testing.assert_close(parameter.grad, gradient, rtol=1e-14, atol=0)
+            # A pass that is not of a step, such as the search for a culprit, is nobody else's business.
+            if rank == 0:
+                (parameters[0].sum() + parameters[1].sum()).backward()
+
+    assert run_ranks(work, tmp_path, 2) == [0, 0], [p.read_text() for p in sorted(tmp_path.glob("stderr-*"))]
+
+
+def test_what_ranks_tell_one_another(tmp_path):
+    def work(rank: int) -> None:
+        ranks = Ranks(rank, 3, rank)
+        assert ranks.any(rank == 1, False, True, rank == 0) == [True, False, True, True]
+        assert ranks.gathered([rank] * rank) == [1, 2, 2]
+        total = torch.tensor([1.0, float(rank)])
+        ranks.add_up(total)
+        assert total.tolist() == [3.0, 3.0]
+        ranks.wait()
+
+    assert run_ranks(work, tmp_path, 3) == [0, 0, 0], [p.read_text() for p in sorted(tmp_path.glob("stderr-*"))]
+
+
+def test_one_rank_alone_tells_itself():
+    ranks = Ranks()
+    assert ranks.any(True, False) == [True, False]
+    assert ranks.gathered([3, 1]) == [3, 1]
+    ranks.wait()
+    parameter = torch.nn.Parameter(torch.ones(2))
+    sums = GradientSum(ranks, [parameter])
+    sums.arm()
+    (parameter * 3).sum().backward()
+    sums.finish()
+    assert parameter.grad.tolist() == [3.0, 3.0]
+
+
 def test_packs_that_cannot_be_shared_evenly_are_refused(tmp_path):
-    ended = torchrun(2, settings(tmp_path / "run", global_batch=3))
-    assert ended.returncode != 0
-    assert "--global-batch 3: packs of an optimizer step are shared by 2 processes" in ended.stderr
+    for ended in run_children(command(settings(tmp_path / "run", global_batch=3)), tmp_path, 2):
+        assert ended.code == 2
+        assert "--global-batch 3: packs of an optimizer step are shared by 2 processes" in ended.errors[0]
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

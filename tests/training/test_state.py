@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,10 @@ from eagle_offline.cache.manifest import sealed
 from eagle_offline.errors import DataError, SpaceError
 from eagle_offline.training import state
 from eagle_offline.training.logbook import read_metrics
-from eagle_offline.training.validation import Tally
+from eagle_offline.training.tally import Tally
 from eagle_offline.vocab import digest_ids
 from tests.builders import run_cli, tree
-from tests.training.caches import copied_cache, latest, settings, shared_cache, train, trainer_of
+from tests.training.caches import copied_cache, flags, latest, settings, shared_cache, train, trainer_of
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +36,9 @@ def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def again(run: Path, *flags: str, **changes: object):
+def again(run: Path, *more: str, **changes: object):
     """`eagle-offline train` in this process with the settings of the finished run, some of them changed."""
-    chosen = settings(run, checkpoint_every=4, **changes).model_dump(mode="json", exclude_unset=True)
-    return run_cli("train", *(f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()), *flags)
+    return run_cli("train", *flags(settings(run, checkpoint_every=4, **changes)), *more)
 
 
 def one_error(ended) -> str:
@@ -69,7 +67,7 @@ def test_nothing_in_a_run_is_pickled(finished):
         elif path.suffix == ".json":
             assert json.loads(path.read_text())
         else:
-            assert path.name == "latest"
+            assert path.name in ("latest", "best")
 
 
 def test_a_checkpoint_loads_as_a_model_with_the_same_tensors(finished):
@@ -94,16 +92,18 @@ def test_a_checkpoint_names_the_draft_vocabulary_it_was_trained_with(finished):
 def test_latest_names_the_last_checkpoint_and_old_ones_are_gone(finished):
     steps = max(row["step"] for row in read_metrics(finished))
     names = sorted(path.name for path in (finished / "checkpoints").iterdir())
-    assert names == [f"step-{step:08d}" for step in (steps - steps % 4 if steps % 4 else steps - 4, steps)]
+    last = [f"step-{step:08d}" for step in (steps - steps % 4 if steps % 4 else steps - 4, steps)]
+    assert names == sorted({*last, (finished / "best").read_text().strip()})
     assert latest(finished).name == names[-1]
     assert not list(finished.rglob(".*")), "temporary files stayed"
 
 
 def test_removing_old_checkpoints_spares_the_one_that_latest_names(run, monkeypatch):
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
-    (run / "latest").write_text(names[0] + "\n")
-    state.remove_old_checkpoints(run, 1)
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
+    for pointer in ("latest", "best"):
+        (run / pointer).write_text(names[0] + "\n")
+        state.remove_old_checkpoints(run, 1)
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [names[0], names[-1]]
 
 
 def test_an_existing_run_without_resume_is_refused(run):
@@ -180,8 +180,8 @@ DRIFTS = {
 def test_other_settings_are_refused_by_name(run, field):
     before = tree(run)
     (value,) = DRIFTS[field].values()
-    flags = [] if not isinstance(value, bool) else [f"--{field.replace('_', '-')}"]
-    ended = again(run, "--resume", *flags, **({} if flags else DRIFTS[field]))
+    switch = [f"--{field.replace('_', '-')}"] if isinstance(value, bool) else []
+    ended = again(run, "--resume", *switch, **({} if switch else DRIFTS[field]))
     assert ended.code == 3, ended.err
     error = one_error(ended)
     recorded = settings(run).model_dump(mode="json")[field]
@@ -216,7 +216,7 @@ def test_another_draft_vocabulary_is_refused_by_its_digest(run, tmp_path):
     (cache / "manifest.json").write_text(json.dumps(sealed(manifest)))
     ended = again(run, "--resume", cache=cache)
     assert ended.code == 3, ended.err
-    assert f"draft_vocab: recorded {recorded!r}, now {digest_ids(ids)!r}" in one_error(ended)
+    assert f"draft_vocab_digest: recorded {recorded!r}, now {digest_ids(ids)!r}" in one_error(ended)
 
 
 def test_a_failed_checkpoint_leaves_the_last_one_and_no_rest(run, tmp_path, monkeypatch):
@@ -227,9 +227,9 @@ def test_a_failed_checkpoint_leaves_the_last_one_and_no_rest(run, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(state, "save_file", full)
-    trainer.position = state.Position(99, 1, 1)
+    trainer.standing = state.Standing(state.Position(99, 1, 1))
     with pytest.raises(SpaceError, match="--resume"):
-        trainer.save(*([Tally(3)] if signature(trainer.save).parameters else []))
+        trainer.save(Tally(3))
     assert latest(run) == before
     assert not list(run.rglob(".*"))
     assert not (run / "checkpoints" / "step-00000099").exists()
@@ -238,9 +238,8 @@ def test_a_failed_checkpoint_leaves_the_last_one_and_no_rest(run, tmp_path, monk
 def test_optimizer_state_comes_back_bit_for_bit(run):
     chosen = settings(run)
     trainer = trainer_of(chosen)
-    found = state.load_checkpoint(latest(run), trainer.model, trainer.optimizer, trainer.expected)
-    position = found[0] if isinstance(found, tuple) else found
-    assert position.step == max(row["step"] for row in read_metrics(run))
+    standing, _ = state.load_checkpoint(latest(run), trainer.model, trainer.optimizer, trainer.expected)
+    assert standing.position.step == max(row["step"] for row in read_metrics(run))
     stored = load_file(latest(run) / "optimizer.safetensors")
     names = dict(trainer.model.named_parameters())
     assert stored
