@@ -33,7 +33,7 @@ BASELINE = "baseline"
 TRAINING: dict[str, Any] = {
     "ttt_steps": 5,
     "num_epochs": 2,
-    "max_steps": 160,
+    "max_steps": 120,
     "learning_rate": 0.002,
     "tokens_per_batch": 2048,
     "eval_every": 1000,
@@ -44,7 +44,6 @@ TRAINING: dict[str, Any] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     BASELINE: {},
     "step_decay 1.0": {"step_decay": 1.0},
-    "step_decay 0.6": {"step_decay": 0.6},
     "ttt_steps 3": {"ttt_steps": 3},
     "ttt_steps 7": {"ttt_steps": 7},
     "LK alpha": {"lk_loss_type": "alpha"},
@@ -96,7 +95,9 @@ class _Work:
             values = [each[key] for each in found]
             figures[key] = round(statistics.mean(values), 4)
             if key.startswith("accept_length"):
-                figures |= {f"{key}_seed{seed}": round(value, 4) for seed, value in zip(self._seeds, values, strict=True)}
+                figures |= {
+                    f"{key}_seed{seed}": round(value, 4) for seed, value in zip(self._seeds, values, strict=True)
+                }
         return figures
 
 
@@ -141,7 +142,7 @@ def measure(example: Path, directory: Path, training: dict[str, Any], name: str,
                 draft=str(run),
                 target=str(example / "target"),
                 prompts=str(example / "data" / "heldout-rewritten.jsonl"),
-                max_prompts=40,
+                max_prompts=30,
                 max_new_tokens=160,
                 num_draft_tokens=CHAIN,
                 temperature=temperature,

@@ -2,12 +2,11 @@
 
 Without a GPU: what two reader threads deliver at an 8B shape, laid out and planned for a GPU, from a warm page cache,
 beside what a step there would ask for: 0.45 of the dense bf16 rate of an H200-class GPU (taken as 800 TFLOP/s), by the
-FLOPs that a token cannot do without. Attention is left out of them, so that the demand is rather too high.
+FLOPs that no exact step can do without.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
@@ -21,62 +20,28 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from benchmarks.caches import field_layouts
 from benchmarks.harness import Figures
-from benchmarks.states import chat_lengths, hidden_states
+from benchmarks.states import chat_lengths
+from benchmarks.synthetic_cache import Shape, write_cache
+from benchmarks.unroll_ways import necessary_flops
 from eagle_offline import open_cache, stages
-from eagle_offline.cache import codec
-from eagle_offline.cache.arrow import StoredSample
-from eagle_offline.cache.companions import embeddings_bytes, head_bytes, vocab_bytes, vocab_file
-from eagle_offline.cache.layout import EMBEDDINGS_FILE, HEAD_FILE, FieldLayout
-from eagle_offline.cache.manifest import (
-    BatchPlan,
-    CaptureIdentity,
-    CompanionFile,
-    DatasetIdentity,
-    Defaults,
-    DraftVocabulary,
-    Identity,
-    Manifest,
-    SourceIdentity,
-    TargetIdentity,
-    TextIdentity,
-    write_manifest,
-)
 from eagle_offline.cache.reader import Cache
-from eagle_offline.cache.writer import write_shard
 from eagle_offline.data.feed import feed
 from eagle_offline.data.prefetch import prefetch
 from eagle_offline.data.sampler import plan_packs, shuffled_samples
 from eagle_offline.data.stored_pack import PackReader
-from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
-from eagle_offline.objectives.plan import UnrollPlan
+from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.objectives.ttt_loss import STEP_DECAY, StepWeights
-from eagle_offline.provenance import digest_bytes
-from eagle_offline.supervision import Head, supervised_positions
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.logbook import read_metrics
 from eagle_offline.training.packs import TrainingPack, plan_pack, run_pack
-from eagle_offline.vocab import digest_ids
 
 NAME = "data_wait"
 QUESTION = __doc__
 
 # What a step is taken to reach, of the dense bf16 rate that an H200-class GPU is taken to have.
 PEAK_FLOPS, REACHED_SHARE = 800e12, 0.45
-NUM_AUX_LAYERS = 3
 TTT_STEPS = 7
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What is cached and trained: widths of target and draft, and the draft vocabulary, which is the target's too."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    draft_vocab_size: int
 
 
 SHAPE_8B = Shape(4096, 14336, 32, 8, 32000)
@@ -104,7 +69,10 @@ def measure_delivery(shape: Shape, num_samples: int, tokens_per_batch: int, repe
         packs = _packs(cache, tokens_per_batch)
         loader = _Loader(shape, torch.device("cuda"), pinned=False)
         loader.delivered(cache, packs, 2)  # fills the page cache and the loader's memory
-        flops = necessary_flops([pack.plan for pack in loader.load(cache, packs)], shape)
+        flops = sum(
+            necessary_flops(shape.draft_config(), pack.plan, pack.position_ids, shape.hidden_size)
+            for pack in loader.load(cache, packs)
+        )
         num_tokens = int(cache.lengths.sum())
         demand = REACHED_SHARE * PEAK_FLOPS / (flops / num_tokens)
         for suffix, verify in (("", False), ("_verified", True)):
@@ -252,18 +220,8 @@ class _Step:
 
     def __init__(self, device: torch.device, shape: Shape, cache: Cache):
         torch.manual_seed(0)
-        size = shape.draft_vocab_size
-        config = Eagle3DraftConfig(
-            vocab_size=size,
-            draft_vocab_size=size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.num_key_value_heads,
-            num_aux_hidden_states=NUM_AUX_LAYERS,
-        )
         self._device = device
-        self._model = cast(Any, Eagle3DraftModel(config)).to(device)
+        self._model = cast(Any, Eagle3DraftModel(shape.draft_config())).to(device)
         self._head = cache.head.to(device)
         self._decays = STEP_DECAY ** torch.arange(TTT_STEPS, dtype=torch.float64, device=device)
 
@@ -273,136 +231,6 @@ class _Step:
         with torch.autocast("cuda", torch.bfloat16, enabled=self._device.type == "cuda"):
             loss, _ = run_pack(self._model, pack, self._head, StepWeights(self._decays / counts))
         loss.backward()
-
-
-def necessary_flops(plans: Sequence[UnrollPlan], shape: Shape) -> float:
-    """Return the FLOPs of steps that no way of computing them spares: products with weights, forward and backward.
-
-    A product counts three times, forward and by both factors; the aux projection twice, as its input has no gradient;
-    the target's head once.
-    """
-    width, key_width = shape.hidden_size, shape.num_key_value_heads * shape.hidden_size // shape.num_attention_heads
-    aux = 2 * NUM_AUX_LAYERS * width * width
-    keys_and_values = 2 * 2 * width * 2 * key_width
-    rest = 2 * 2 * width * width + 2 * width * width + 3 * 2 * width * shape.intermediate_size
-    head = 2 * width * shape.draft_vocab_size
-    total = 0.0
-    for plan in plans:
-        rows = [len(step.slots) for step in plan.steps]
-        total += len(plan.key_slots) * (2 * aux + 3 * keys_and_values)
-        total += 3 * rest * sum(rows) + 3 * keys_and_values * sum(rows[1:])
-        total += 3 * head * len(plan.loss_slots) + head * len(plan.loss_rows.targets.unique())
-    return total
-
-
-def write_cache(directory: Path, lengths: np.ndarray, shape: Shape, encoding: str = "planes") -> None:
-    """Write a whole cache of synthetic samples, the second half of each supervised, factored."""
-    size, width = shape.draft_vocab_size, shape.hidden_size
-    fields = field_layouts(encoding, width, NUM_AUX_LAYERS)
-    identity = _identity(lengths, shape, fields, encoding)
-    ids = np.arange(size)
-    generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(size, width, generator=generator).bfloat16()
-    contents = {
-        HEAD_FILE: head_bytes(Head(embeddings / width**0.5), tied=False),
-        EMBEDDINGS_FILE: embeddings_bytes(embeddings),
-        vocab_file(digest_ids(ids)): vocab_bytes(ids),
-        "target/config.json": json.dumps(_target_config(shape)).encode(),
-    }
-    for name, content in contents.items():
-        (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_bytes(content)
-    files = {
-        name: CompanionFile(num_bytes=len(content), digest=digest_bytes(content)) for name, content in contents.items()
-    }
-    vocabulary = DraftVocabulary(size=size, digest=digest_ids(ids), coverage=1.0)
-    write_manifest(
-        directory,
-        Manifest(identity=identity, defaults=Defaults(draft_vocabulary=vocabulary), files=files, environment={}),
-    )
-    # States are drawn once, for the longest sample; every sample begins at a row of its own.
-    longest = int(lengths.max())
-    states = [hidden_states(2 * longest, seed, width) / 100 for seed in range(len(fields))]
-    shard_size = identity.capture.shard_size
-    for shard in range(identity.num_shards):
-        numbers = range(shard * shard_size, min((shard + 1) * shard_size, len(lengths)))
-        samples = (_sample(number, int(lengths[number]), fields, states, size) for number in numbers)
-        write_shard(directory, identity, shard, samples, {})
-
-
-def _sample(
-    number: int, length: int, fields: list[FieldLayout], states: list[torch.Tensor], vocab_size: int
-) -> StoredSample:
-    loss_mask = torch.zeros(length, dtype=torch.bool)
-    loss_mask[length // 2 :] = True
-    num_positions = int(supervised_positions(loss_mask).sum())
-    rows = {"tokens": length, "supervised_positions": num_positions}
-    start = number * 97 % (len(states[0]) - length)
-    columns: list[bytes | memoryview] = []
-    for field, values in zip(fields, states, strict=True):
-        columns.extend(codec.encode(field, values[start : start + rows[field.rows]]))
-    generator = np.random.Generator(np.random.PCG64(number))
-    return StoredSample(
-        sample_id=number,
-        input_ids=generator.integers(0, vocab_size, length, dtype=np.int32),
-        loss_mask=loss_mask.numpy().astype(np.uint8),
-        target_argmax=generator.integers(0, vocab_size, num_positions, dtype=np.int32),
-        target_log_normalizer=generator.random(num_positions, dtype=np.float32),
-        columns=columns,
-    )
-
-
-def _identity(lengths: np.ndarray, shape: Shape, fields: list[FieldLayout], encoding: str) -> Identity:
-    nothing = "0" * 32
-    return Identity(
-        target=TargetIdentity(
-            id="synthetic",
-            revision=None,
-            checkpoint_digest=nothing,
-            architecture="LlamaForCausalLM",
-            num_layers=8,
-            hidden_size=shape.hidden_size,
-            vocab_size=shape.draft_vocab_size,
-        ),
-        text=TextIdentity(tokenizer_digest=nothing, template_digest=nothing, seq_length=int(lengths.max())),
-        dataset=DatasetIdentity(
-            sources=[SourceIdentity(name="synthetic", digest=nothing, num_bytes=None, revision=None)],
-            split=None,
-            shuffle_seed=None,
-            num_samples=len(lengths),
-            rows_digest=nothing,
-        ),
-        capture=CaptureIdentity(
-            aux_layer_ids=list(range(NUM_AUX_LAYERS)),
-            dtype="bf16",
-            compute_dtype="fp32",
-            state_encoding=encoding,
-            target_encoding="factored",
-            draft_vocab_digest=None,
-            shard_size=32,
-            fields=fields,
-        ),
-        batch_plan=BatchPlan(
-            batch_size=1, order="length", attention_implementation="sdpa", tensor_parallel_size=1, device_kind="cpu"
-        ),
-    )
-
-
-def _target_config(shape: Shape) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_key_value_heads,
-        "num_hidden_layers": 8,
-        "vocab_size": shape.draft_vocab_size,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "max_position_embeddings": 4096,
-        "hidden_act": "silu",
-    }
 
 
 def _packs(cache: Cache, tokens_per_batch: int) -> list[np.ndarray]:

@@ -5,8 +5,8 @@ two others': see `benchmarks.unroll_ways`. Rates are tokens of real text a secon
 weights and samples. On a GPU also: the share of the rate of a large bf16 product, measured in the same run, that the
 operations which no exact step can do without run at.
 
-Besides: what recomputing steps in the backward pass costs and saves, and how the cost of a token grows with the length
-of its document.
+Besides: what recomputing steps in the backward pass costs and saves, how the cost of a token grows with the length of
+its document, and what sums in a fixed order cost on a GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.harness import Figures
 from benchmarks.unroll_ways import RECOMPUTED, WAYS, Setting, Work, matmul_flops_per_second, necessary_flops
+from eagle_offline.devices import use_fixed_order
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -73,6 +74,7 @@ def cases(device: str) -> dict[str, Callable[[], Figures]]:
         "8b": lambda: measure(device, SHAPE_8B),
         "8b-32k-recompute": lambda: measure_recomputing(device, long),
         "8b-lengths": lambda: measure_lengths(device, factored),
+        "8b-deterministic": lambda: measure_fixed_order(device, factored),
     }
 
 
@@ -134,6 +136,26 @@ def measure_lengths(
     return figures
 
 
+def measure_fixed_order(device: str, setting: Setting, *, repeats: int = 3) -> Figures:
+    """Return the time of our step whose sums have a fixed order, as ``train --deterministic`` runs it, over the other.
+
+    Each is measured in a process of its own, since the order is settled before the first kernel runs.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        free = pool.apply(_median_seconds, (device, setting, repeats, False))
+    with context.Pool(1) as pool:
+        fixed = pool.apply(_median_seconds, (device, setting, repeats, True))
+    return {"time_of_any_order": fixed / free, "step_seconds": fixed}
+
+
+def _median_seconds(device: str, setting: Setting, repeats: int, fixed: bool) -> float:
+    if fixed:
+        use_fixed_order()
+    work = Work(device, setting)
+    return _seconds({"ours": partial(work.seconds, "ours")}, repeats)["ours"]
+
+
 def _seconds(steps: Mapping[Key, Callable[[], float]], repeats: int) -> dict[Key, float]:
     """Return each step's median seconds, measured turn by turn after a first turn that does not count."""
     times: dict[Key, list[float]] = {key: [] for key in steps}
@@ -193,7 +215,3 @@ def _status(name: str) -> int:
     """Return a size from Linux's account of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
-
-
-# The test of all benchmarks asks for it by this name.
-_Work = Work

@@ -210,6 +210,8 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     layouts: tuple[Literal["flat", "speculators"], ...] = ("flat", "speculators")
     if settings.to != "both":
         layouts = (settings.to,)
+    elif draft.model.config.target_hidden_size != draft.model.config.hidden_size:
+        layouts = ("flat",)  # a speculators config has no place for another width than the target's
     require_writable(root, "--output-dir")
     return {
         layout: export_draft(

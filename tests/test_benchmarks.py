@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from benchmarks import cache_size, data_wait, harness, interop, quickstart, read_speed, startup, train_step
+from benchmarks import (
+    cache_size,
+    data_wait,
+    harness,
+    interop,
+    quickstart,
+    read_speed,
+    startup,
+    synthetic_cache,
+    train_step,
+)
 from benchmarks.harness import Row, read_rows
-from eagle_offline.objectives.plan import plan_unroll
 
 
 def test_every_benchmark_is_listed_and_says_its_question():
@@ -39,7 +47,7 @@ def test_read_speed_reads_every_encoding():
         assert all(value > 0 for value in figures.values())
 
 
-TINY = data_wait.Shape(
+TINY = synthetic_cache.Shape(
     hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, draft_vocab_size=64
 )
 
@@ -54,26 +62,10 @@ def test_data_wait_delivers_trains_and_grows():
     assert data_wait.measure_device("cpu", TINY, 8, 1024, num_steps=4)["tokens_per_second"] > 0
 
 
-def test_demand_is_the_work_of_the_rows_that_a_plan_computes():
-    shape, lengths = TINY, [4]
-    mask = np.array([False, True, True, False])
-    plan = plan_unroll(lengths, mask, mask, np.arange(4), 2, 8)
-    # Keys at slots 0 to 2; slots 0, 1 and 2 count at the first step or later, slots 0 and 1 at the second.
-    assert [len(step.slots) for step in plan.steps] == [3, 2]
-    products = {
-        "aux": 3 * 2 * (3 * 32 * 32),
-        "keys": (3 + 2) * 3 * (64 * 32),
-        "rest": (3 + 2) * 3 * (64 * 32 + 32 * 32 + 3 * 32 * 64),
-        "head": (2 + 2) * 3 * (32 * 64),
-        "target": 2 * (32 * 64),
-    }
-    assert data_wait.necessary_flops([plan], shape) == 2 * sum(products.values())
-
-
 def test_train_step_takes_the_same_step_every_way():
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     tiny = train_step.Setting(tuple(shape.items()), draft_vocab_size=64, num_samples=3, seq_length=128, ttt_steps=3)
-    work = train_step._Work("cpu", tiny)
+    work = train_step.Work("cpu", tiny)
     losses = [work.run(way) for way in train_step.WAYS]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 

@@ -196,7 +196,7 @@ def test_a_stop_at_the_validation_that_would_end_the_run(scripted, tmp_path, mon
 
 @pytest.mark.parametrize("moment", ["latest", pytest.param("best", marks=pytest.mark.slow)])
 def test_killed_between_the_pointers_and_once_more_while_the_step_is_written_again(moment, scripted, tmp_path):
-    """`best` may be ahead of `latest` then; what it names may be gone for a moment, and the run goes on all the same."""
+    """`best` may be ahead of `latest` then; what it names may be gone for a moment; the run goes on."""
     run = tmp_path / "run"
     chosen = run_settings(run, resume=True, checkpoint_every=500)
     number = {"best": 1, "latest": 2}[moment]
@@ -226,6 +226,22 @@ def test_killed_between_the_pointers_and_once_more_while_the_step_is_written_aga
     assert_same_run(run, tmp_path / "other")
     assert best(run) == best(tmp_path / "other")
     assert checkpoints(run) == checkpoints(tmp_path / "other")
+
+
+@pytest.mark.parametrize(("name", "after"), [("rmtree", True), pytest.param("rename", False, marks=pytest.mark.slow)])
+def test_killed_while_the_checkpoint_that_latest_names_is_written_again(name, after, scripted, tmp_path, monkeypatch):
+    """A validation that was put off may make its step the best: until that is written, the old one has to be there."""
+    run = tmp_path / "run"
+    train_until(run_settings(run), 4, monkeypatch)
+    chosen = run_settings(run, resume=True)
+    owner = {"rmtree": state.shutil, "rename": state.os}[name]
+    (killed,) = run_children(command(chosen), tmp_path, prepare=kill_at_call(owner, name, 1, after=after))
+    assert killed.code == -9, killed.err
+    assert latest(run).is_dir(), "`latest` names nothing"
+    train(chosen)
+    train(run_settings(tmp_path / "other"))
+    assert_same_run(run, tmp_path / "other")
+    assert best(run) == best(tmp_path / "other")
 
 
 def test_going_back_to_an_earlier_checkpoint_goes_back_to_its_best(scripted, tmp_path):

@@ -233,6 +233,22 @@ def test_a_held_out_sample_that_is_not_finite_leaves_metrics_that_are_json(value
     assert not (run / "metrics.jsonl").exists() or strict_rows(run / "metrics.jsonl")
 
 
+def test_two_processes_end_with_the_held_out_sample_that_one_of_them_has(tmp_path):
+    run = tmp_path / "run"
+    chosen = clean(run, heldout_share=0.3, tokens_per_batch=80, global_batch=2)
+    trainer = trainer_of(chosen)
+    packs = list(trainer.corpus.heldout_packs(chosen))
+    assert len(packs) > 1
+    bad = int(trainer.corpus.samples.sample_ids[packs[1][0]])
+    chosen = chosen.model_copy(update={"cache": (spoiled((bad,), float("nan")),)})
+    for one in run_children(command(chosen), tmp_path, 2, timeout=30):
+        assert one.code == 1, one.err
+        assert len(one.errors) == 1
+        assert "Traceback" not in one.err
+        assert str(bad) in one.errors[0].split("samples")[1].split(";")[0]
+    assert not (run / "checkpoints").exists()
+
+
 def test_weights_that_overflow_in_the_update_are_never_a_checkpoint(tmp_path):
     """Gradients are finite, what they are multiplied with is not."""
     run = tmp_path / "run"

@@ -58,7 +58,12 @@ def oracle_of(trainer: Trainer, indices: Any, gate: str, **options: Any) -> tupl
     return found, gradients(draft, found.loss), batch
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+_BY_DEFAULT = ("plain", "both", "alpha", "lambda")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in _BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+)
 def test_a_step_of_several_packs_is_the_oracle_s_over_all_of_them(name, tmp_path):
     options = dict(OPTIONS[name])
     trainer = trainer_of(chosen_for(tmp_path, **options))
@@ -212,7 +217,7 @@ def test_two_ranks_are_one(options, tmp_path):
         assert one["top1"] == two["top1"]
 
 
-@pytest.mark.parametrize("kind", ["alpha", "lambda"])
+@pytest.mark.parametrize("kind", [pytest.param("alpha", marks=pytest.mark.slow), "lambda"])
 def test_lk_losses_train(kind, tmp_path):
     """Fifteen steps on the same eight samples: the loss that is minimised goes down, the overlap up."""
     run = tmp_path / "run"

@@ -127,7 +127,7 @@ def test_a_damaged_sample_of_one_process_ends_all_and_its_message_is_seen(rank, 
     assert status(run)["state"] == "failed"
 
 
-@pytest.mark.parametrize("told", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("told", [pytest.param((0,), marks=pytest.mark.slow), (1,), (0, 1)])
 def test_a_signal_to_any_of_them_stops_all_after_the_step_in_hand(told, uninterrupted, tmp_path):
     run = tmp_path / "run"
 
