@@ -10,15 +10,20 @@ from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
+_PASSED_ON_SECONDS = 5.0
+
 
 class StopRequest:
     """Watches for SIGTERM, SIGUSR1 and SIGINT while it is entered.
 
     Args:
         grace_seconds: how long after the first signal a unit of work may still take.
+        passed_on: a launcher passes signals on to this process, so that one which was sent to all comes twice: a
+            second one within a few seconds is the first.
     """
 
-    def __init__(self, grace_seconds: float):
+    def __init__(self, grace_seconds: float, *, passed_on: bool = False):
+        self._passed_on = passed_on
         self._grace_seconds = grace_seconds
         self._requested_at: float | None = None
         self._previous: dict[signal.Signals, Any] = {}
@@ -34,6 +39,8 @@ class StopRequest:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self._requested_at is not None:
+            if self._passed_on and time.monotonic() < self._requested_at + _PASSED_ON_SECONDS:
+                return
             # Every file is put in place in one step, so that leaving here loses only the unit in hand.
             os._exit(128 + number)
         self._requested_at = time.monotonic()

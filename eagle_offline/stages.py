@@ -136,7 +136,9 @@ def train(settings: TrainSettings) -> dict[str, Any]:
 
     if settings.deterministic:
         use_fixed_order()
-    device, stop = resolve_device(settings.device), StopRequest(0)  # the step in hand is always finished: it is short
+    device = resolve_device(settings.device)
+    # The step in hand is always finished: it is short.
+    stop = StopRequest(0, passed_on=read_ranks().size > 1)
 
     def source() -> DraftWeights | None:
         name = settings.init_from

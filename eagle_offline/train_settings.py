@@ -41,7 +41,7 @@ class RunSettings(Settings):
     max_grad_norm: float = setting(0.5, "Gradients are clipped to this norm.", gt=0)
     tokens_per_batch: int = setting(8192, "Token budget of one pack.", gt=0)
     global_batch: int = setting(1, "Packs an optimizer step.", gt=0)
-    seed: int = setting(0, "Order of samples, weights at the start, held-out choice.", ge=0)
+    seed: int = setting(0, "Order of samples, weights at the start, held-out choice.", ge=0, lt=1 << 31)
     device: str | None = setting(None, "Torch device; default cuda if there is one, else cpu.")
     recompute: bool = setting(False, "Recompute each unroll step when going back: less memory, a third more time.")
     deterministic: bool = setting(False, "On CUDA, kernels with a fixed order only, so that resuming is bit-exact.")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +12,9 @@ from eagle_offline.data.mixture import CacheMixture, check_alike
 from eagle_offline.data.sampler import heldout_mask, plan_epoch, plan_packs, weighted_samples
 from eagle_offline.errors import DataError, UsageError
 from eagle_offline.train_settings import TrainSettings
+
+# More passes over a cache than this in one epoch are rather a mistake.
+_LARGEST_WEIGHT = 100
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ def open_corpus(settings: TrainSettings) -> Corpus:
     """
     weights = _weights(settings)
     opened = [open_cache(path, allow_partial=settings.allow_partial, verify=settings.verify) for path in settings.cache]
+    _refuse_repeated(
+        opened, "--cache {path} holds what {other} does; to see its samples more often, use --cache-weights"
+    )
     samples = CacheMixture(opened)
     everything = [samples.indices_of(number) for number in range(len(opened))]
     names = ", ".join(str(path) for path in settings.cache)
@@ -70,6 +75,7 @@ def open_corpus(settings: TrainSettings) -> Corpus:
     else:
         other = open_cache(settings.heldout_cache, verify=settings.verify)
         check_alike(samples.caches[0], other)
+        _refuse_repeated([*opened, other], "--heldout-cache {path} holds what is trained on; give another")
         corpus = Corpus(samples, CacheMixture([other]), tuple(everything), np.arange(len(other)), weights)
     if not sum(len(indices) for indices in corpus.train_samples):
         raise DataError(f"{names}: no samples to train on")
@@ -82,21 +88,21 @@ def open_corpus(settings: TrainSettings) -> Corpus:
 
 
 def _weights(settings: TrainSettings) -> tuple[float, ...]:
-    _refuse_repeated(settings.cache)
     if settings.cache_weights is None:
         return (1.0,) * len(settings.cache)
     if len(settings.cache_weights) != len(settings.cache):
         raise UsageError(
             f"--cache-weights has {len(settings.cache_weights)} values for {len(settings.cache)} caches; give one each"
         )
-    if not all(0 < weight < float("inf") for weight in settings.cache_weights):
-        raise UsageError(f"--cache-weights {settings.cache_weights}: expected positive numbers")
+    if not all(0 < weight <= _LARGEST_WEIGHT for weight in settings.cache_weights):
+        given = " ".join(f"{weight:g}" for weight in settings.cache_weights)
+        raise UsageError(f"--cache-weights {given}: expected numbers above 0, at most {_LARGEST_WEIGHT}")
     return settings.cache_weights
 
 
-def _refuse_repeated(paths: tuple[Path, ...]) -> None:
-    seen: set[Path] = set()
-    for path in paths:
-        if path.resolve() in seen:
-            raise UsageError(f"--cache {path} is given twice; to see its samples more often, use --cache-weights")
-        seen.add(path.resolve())
+def _refuse_repeated(caches: Sequence[Cache], said: str) -> None:
+    seen: dict[str, Cache] = {}
+    for cache in caches:
+        other = seen.setdefault(cache.manifest.identity.digest, cache)
+        if other is not cache:
+            raise UsageError(said.format(path=cache.path, other=other.path))

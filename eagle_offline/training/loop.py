@@ -5,8 +5,6 @@ Neither the target nor a hub is ever touched.
 
 from __future__ import annotations
 
-import json
-import resource
 import sys
 import time
 from collections import deque
@@ -20,36 +18,31 @@ from torch import Tensor
 
 from eagle_offline.cache.layout import STATUS_FILE
 from eagle_offline.draft.warm_start import DraftWeights
-from eagle_offline.durable import make_directory, remove_abandoned, write_bytes
+from eagle_offline.durable import make_directory, remove_abandoned
 from eagle_offline.errors import EagleOfflineError, MismatchError, StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.corpus import open_corpus
-from eagle_offline.training.logbook import METRICS_FILE, SKIPPED_FILE, Logbook, MetricsRow, SkippedRow
+from eagle_offline.training.logbook import METRICS_FILE, SKIPPED_FILE, MetricsRow, SkippedRow
 from eagle_offline.training.profiling import PROFILE_DIRECTORY, profiled
 from eagle_offline.training.ranks import Ranks
+from eagle_offline.training.records import SETTINGS_FILE, Records, Window
 from eagle_offline.training.reporters import (
     TENSORBOARD_DIRECTORY,
     WANDB_DIRECTORY,
     WANDB_ID_FILE,
-    Reporter,
-    closed_at_end,
-    open_reporters,
 )
 from eagle_offline.training.state import (
     BEST_FILE,
     CHECKPOINTS_DIRECTORY,
     LATEST_FILE,
-    Standing,
     acceptable_drift,
     latest_checkpoint,
     point_at_best,
 )
-from eagle_offline.training.tally import Tally
 from eagle_offline.training.trainer import StepOutcome, Trainer
 
-SETTINGS_FILE = "train.json"
 _OWN_ENTRIES = (
     SETTINGS_FILE, METRICS_FILE, SKIPPED_FILE, LATEST_FILE, BEST_FILE, CHECKPOINTS_DIRECTORY, STATUS_FILE,
     TENSORBOARD_DIRECTORY, WANDB_DIRECTORY, WANDB_ID_FILE, PROFILE_DIRECTORY,
@@ -114,12 +107,14 @@ def run(
     if trainer.taken_over is not None and ranks.is_first:
         sys.stderr.write(f"train: {trainer.taken_over}\n")
     unlogged = None if checkpoint is None else trainer.restore(checkpoint)
+    # What weights start from may differ between machines in its last bits.
+    ranks.agree(trainer.model.parameters())
     with ExitStack() as stack:
         records = None
         if ranks.is_first:
             if checkpoint is not None:
                 point_at_best(directory, trainer.standing)
-            records = _Records(settings, None if checkpoint is None else trainer.standing, stack)
+            records = Records(settings, None if checkpoint is None else trainer.standing, stack)
         _Run(trainer, records, stop, unlogged).train()
     ranks.wait()
     best = trainer.standing.best_step
@@ -129,56 +124,6 @@ def run(
         "checkpoint": str(latest_checkpoint(directory)),
         **({} if best is None else {"best_step": best, "best_walked_accept_length": trainer.standing.best_length}),
     }
-
-
-class _Records:
-    """What the first rank writes about the run: settings, metrics, skipped steps, reports elsewhere."""
-
-    def __init__(self, settings: TrainSettings, standing: Standing | None, stack: ExitStack):
-        directory = settings.output_dir
-        from_step = -1 if standing is None else standing.position.step
-        due_again = standing is not None and standing.validation_due
-
-        def keeps(row: dict[str, Any]) -> bool:
-            return row["step"] < from_step + (not due_again or row.get("kind") != "heldout")
-
-        content = settings.model_dump(mode="json")
-        write_bytes(directory / SETTINGS_FILE, (json.dumps(content, indent=2) + "\n").encode())
-        self._metrics = Logbook(directory / METRICS_FILE, keeps)
-        self.skipped = Logbook(directory / SKIPPED_FILE, keeps)
-        self._reporters: list[Reporter] = open_reporters(settings.report_to, directory, content, from_step)
-        stack.enter_context(closed_at_end(self._reporters))
-
-    def write(self, row: MetricsRow) -> None:
-        self._metrics.write(row)
-        for reporter in self._reporters:
-            reporter.write(row)
-
-
-class _Window:
-    """What happened since the last metrics line."""
-
-    def __init__(self, trainer: Trainer):
-        self.tally = Tally(trainer.settings.ttt_steps, trainer.device)
-        self.started = time.monotonic()
-        self.waited_before = trainer.wait_seconds
-        self.num_tokens = 0
-
-    def row(self, trainer: Trainer, grad_norm: Tensor) -> MetricsRow:
-        elapsed = max(time.monotonic() - self.started, 1e-9)
-        num_tokens = torch.tensor(self.num_tokens)
-        trainer.ranks.add_up(num_tokens)
-        return self.tally.over_all(trainer.ranks).row(
-            "train",
-            trainer.ttt_loss,
-            trainer.position.step,
-            trainer.epochs_done(),
-            learning_rate=trainer.optimizer.param_groups[0]["lr"],
-            grad_norm=float(grad_norm) if grad_norm.isfinite() else None,
-            tokens_per_second=int(num_tokens) / elapsed,
-            data_wait_share=min(1.0, (trainer.wait_seconds - self.waited_before) / elapsed),
-            memory_bytes=_peak_memory_bytes(trainer.device),
-        )
 
 
 class _Run:
@@ -192,12 +137,12 @@ class _Run:
     """
 
     def __init__(
-        self, trainer: Trainer, records: _Records | None, stop: StopRequest, unlogged: dict[str, list[float]] | None
+        self, trainer: Trainer, records: Records | None, stop: StopRequest, unlogged: dict[str, list[float]] | None
     ):
         self._trainer, self._records, self._stop = trainer, records, stop
         self._settings = trainer.settings
         self._has_heldout = len(trainer.corpus.heldout_samples) > 0
-        self._window = _Window(trainer)
+        self._window = Window(trainer)
         self._begins = unlogged is None
         if unlogged is not None and trainer.ranks.is_first:
             self._window.tally.restore(unlogged)
@@ -263,7 +208,7 @@ class _Run:
         row = self._window.row(self._trainer, outcome.grad_norm)
         self._write(row)
         progress.reach(row.step, _shown(row))
-        self._window = _Window(self._trainer)
+        self._window = Window(self._trainer)
 
     def _gives_up(self) -> bool:
         patience = self._settings.early_stopping
@@ -346,9 +291,3 @@ def _shown(row: MetricsRow) -> dict[str, str]:
         "tok/s": f"{row.tokens_per_second:.0f}",
         "wait": f"{row.data_wait_share:.0%}",
     }
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

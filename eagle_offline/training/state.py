@@ -145,27 +145,44 @@ def save_checkpoint(
     parent = directory / CHECKPOINTS_DIRECTORY
     make_directory(parent)
     final = parent / _name(standing.position.step)
+    content = {"standing": asdict(standing), "fingerprint": expected, "unlogged": unlogged}
+    state = (json.dumps(content, indent=2) + "\n").encode()
+    if final == latest_checkpoint(directory):
+        # The step that the run went on from, so the weights are the same; what `latest` names is never taken away.
+        write_bytes(final / STATE_FILE, state)
+    else:
+        _put_in_place(final, model, optimizer, selected_token_ids, origin, state)
+    if standing.best_step == standing.position.step:
+        write_bytes(directory / BEST_FILE, (final.name + "\n").encode())
+    write_bytes(directory / LATEST_FILE, (final.name + "\n").encode())
+    return final
+
+
+def _put_in_place(
+    final: Path,
+    model: Eagle3DraftModel,
+    optimizer: torch.optim.Optimizer,
+    selected_token_ids: torch.Tensor,
+    origin: DraftOrigin,
+    state: bytes,
+) -> None:
+    """Write a checkpoint's files beside, make them durable, and rename their directory to ``final``."""
     sibling = temporary_sibling(final)
     with explained_os_errors(final):
         sibling.mkdir()
         try:
             write_draft(sibling, model, selected_token_ids, origin)
             save_file(_flatten_optimizer(model, optimizer), sibling / OPTIMIZER_FILE)
-            state = {"standing": asdict(standing), "fingerprint": expected, "unlogged": unlogged}
-            (sibling / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+            (sibling / STATE_FILE).write_bytes(state)
             for path in sibling.iterdir():
                 fsync_file(path)
             fsync_directory(sibling)
-            if final.exists():  # the same step again, after a resume
+            if final.exists():  # the same step again, after a resume from an earlier one
                 shutil.rmtree(final)
             os.rename(sibling, final)
         finally:
             shutil.rmtree(sibling, ignore_errors=True)
-        fsync_directory(parent)
-    if standing.best_step == standing.position.step:
-        write_bytes(directory / BEST_FILE, (final.name + "\n").encode())
-    write_bytes(directory / LATEST_FILE, (final.name + "\n").encode())
-    return final
+        fsync_directory(final.parent)
 
 
 def _name(step: int) -> str:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_offline.data.feed import feed
-from eagle_offline.data.mixture import CacheMixture
-from eagle_offline.data.prefetch import prefetch
-from eagle_offline.data.stored_pack import PackReader
 from eagle_offline.devices import resolve_device
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.draft.from_target import embeddings_differ
@@ -33,7 +27,7 @@ from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.corpus import Corpus
 from eagle_offline.training.draft_start import choose_draft, start_draft
 from eagle_offline.training.optimizer import build_optimizer, learning_rate
-from eagle_offline.training.packs import TrainingPack, plan_pack, run_pack
+from eagle_offline.training.packs import TrainingPack, run_pack
 from eagle_offline.training.ranks import GradientSum, Ranks
 from eagle_offline.training.state import (
     Position,
@@ -44,30 +38,11 @@ from eagle_offline.training.state import (
     remove_old_checkpoints,
     save_checkpoint,
 )
+from eagle_offline.training.stream import LoadedStep, PackStream
 from eagle_offline.training.tally import Tally
 from eagle_offline.training.validation import validate
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class LoadedStep:
-    """This rank's share of an optimizer step, read ahead.
-
-    Attributes:
-        after: where training stands once it is done.
-        samples: int64, indices of what it is made of.
-        packs: ``num_packs`` of them, on the CPU or, brought there one ahead of need, on the training device.
-        step_counts: int64 ``[K]``, supervised slots.
-        num_tokens: of all packs.
-    """
-
-    after: Position
-    samples: np.ndarray
-    packs: Iterable[TrainingPack]
-    num_packs: int
-    step_counts: np.ndarray
-    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -97,7 +72,7 @@ class Trainer:
 
     Attributes:
         taken_over: a line about what it took from ``source``.
-        wait_seconds: how long steps have waited for data so far.
+        stream: its packs.
     """
 
     def __init__(
@@ -117,11 +92,9 @@ class Trainer:
         )
         cache = corpus.cache
         self.choice = choose_draft(settings, corpus.samples.caches)
-        self._selected_token_mask = self.choice.selected_token_mask
         draft, self.taken_over = start_draft(settings, cache, self.choice, source)
         # The stub of `to` is of a decorated method that mypy cannot follow.
         self.model: Eagle3DraftModel = draft.to(self.device)  # type: ignore[arg-type]
-        self.ranks.agree(self.model.parameters())
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(self.model, settings)
         self.gradients = GradientSum(self.ranks, self.trainable)
@@ -130,10 +103,9 @@ class Trainer:
         self._selected_head: Head | None = None
         if cache.manifest.identity.capture.target_encoding == "factored":
             self._selected_head = cache.head.select(self.choice.selected_token_ids).to(self.device)
-        self._reader = PackReader.for_device(self.device, self.choice.aux_layers)
-        self.wait_seconds = 0.0
+        self.stream = PackStream(settings, corpus, self.ranks, self.choice, self.device)
         self.standing = Standing(Position(step=0, epoch=0, next_pack=0))
-        self.total_steps = self._count_steps()
+        self.total_steps = self.stream.count_steps(self.position)
 
     @property
     def position(self) -> Position:
@@ -147,91 +119,16 @@ class Trainer:
         """
         accepted = acceptable_drift(self.settings.accept_drift)
         self.standing, unlogged = load_checkpoint(checkpoint, self.model, self.optimizer, self.expected, accepted)
-        self.total_steps = self._count_steps()
+        self.total_steps = self.stream.count_steps(self.position)
         return unlogged
-
-    def packs(self, epoch: int) -> list[np.ndarray]:
-        """Return the packs of an epoch, sample indices each."""
-        return self.corpus.epoch_packs(self.settings, epoch)
-
-    def _count_steps(self) -> int:
-        """Return the steps that the run will have at its end, those done included."""
-        size, position = self.settings.global_batch, self.position
-        later = [len(self.packs(epoch)) for epoch in range(position.epoch, self.settings.num_epochs)]
-        if later:
-            later[0] -= position.next_pack
-        steps = position.step + sum(-(-count // size) for count in later)
-        return min(steps, self.settings.max_steps or steps)
 
     def remaining_steps(self) -> Iterator[tuple[Position, list[np.ndarray]]]:
         """Yield the packs of every step still to do, each with where training stands after it."""
-        position, size = self.position, self.settings.global_batch
-        while position.step < self.total_steps:
-            packs = self.packs(position.epoch)
-            for start in range(position.next_pack, len(packs), size):
-                if position.step >= self.total_steps:
-                    return
-                last = start + size >= len(packs)
-                after = (position.epoch + 1, 0) if last else (position.epoch, start + size)
-                position = Position(position.step + 1, *after)
-                yield position, packs[start : start + size]
-
-    def load(self, step: tuple[Position, list[np.ndarray]]) -> LoadedStep:
-        """Return a step with this rank's packs read and laid out, on the CPU."""
-        after, packs = step
-        own = packs[self.ranks.rank :: self.ranks.size]
-        loaded = tuple(self._pack(self.corpus.samples, pack, self.settings.supervision_gate) for pack in own)
-        counts = np.zeros(self.settings.ttt_steps, np.int64)
-        for pack in loaded:
-            counts += pack.plan.step_counts.numpy()
-        samples = np.concatenate(own) if own else np.empty(0, np.int64)
-        return LoadedStep(after, samples, loaded, len(loaded), counts, sum(pack.num_tokens for pack in loaded))
+        return self.stream.plan(self.position, self.total_steps)
 
     def steps(self) -> Iterator[LoadedStep]:
-        """Yield every step still to do, its packs to be taken before the next step is.
-
-        Packs are read by threads, a few steps ahead, and brought to the device one by one, so that it holds no more
-        than the pack in hand and the next, however many a step has.
-        """
-        loaded = prefetch(self.load, self.remaining_steps(), num_workers=self.settings.num_workers)
-        ahead = self._timed(feed(self._parts(loaded), self.device))
-        for step, first in ahead:
-            rest = (cast(TrainingPack, pack) for _, pack in islice(ahead, max(0, step.num_packs - 1)))
-            yield replace(step, packs=chain([] if first is None else [first], rest))
-
-    @staticmethod
-    def _parts(steps: Iterator[LoadedStep]) -> Iterator[tuple[LoadedStep, TrainingPack | None]]:
-        """Yield each pack beside its step, a step without packs once."""
-        for step in steps:
-            for pack in step.packs if step.num_packs else (None,):
-                yield replace(step, packs=()), pack
-
-    def _timed(self, items: Iterator[T]) -> Iterator[T]:
-        """Yield items; what is waited for them is added to `wait_seconds`."""
-        while True:
-            began = time.monotonic()
-            item = next(items, None)
-            self.wait_seconds += time.monotonic() - began
-            if item is None:
-                return
-            yield item
-
-    def _pack(self, mixture: CacheMixture, indices: Sequence[int] | np.ndarray, gate: str = "input") -> TrainingPack:
-        stored = self._reader.read([mixture.locate(int(index)) for index in indices])
-        return plan_pack(stored, self._selected_token_mask, self.settings.ttt_steps, self.device, gate)
-
-    def _heldout_packs(self, *, alone: bool = False) -> Iterator[TrainingPack]:
-        """Yield this rank's share of the held-out documents, in cache order, on the training device.
-
-        The gate is the reference's whatever a run trains with, so that runs can be compared.
-        """
-        packs = list(self.corpus.heldout_packs(self.settings))[self.ranks.rank :: self.ranks.size]
-        if alone:
-            packs = [pack[place : place + 1] for pack in packs for place in range(len(pack))]
-        read = prefetch(
-            lambda indices: self._pack(self.corpus.heldout, indices), packs, num_workers=self.settings.num_workers
-        )
-        yield from feed(read, self.device)
+        """Yield every step still to do; see `PackStream.steps`."""
+        return self.stream.steps(self.position, self.total_steps)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 compute on CUDA, float32 elsewhere; the weights stay float32."""
@@ -301,13 +198,13 @@ class Trainer:
         """Return the ids of held-out samples, of this rank's share, whose loss is not finite."""
         found: list[int] = []
         with torch.no_grad():
-            for pack in self._heldout_packs(alone=True):
+            for pack in self.stream.heldout(alone=True):
                 _, sums = self._run(pack, self._no_weights())
                 found += [] if sums.losses.isfinite().all() else pack.sample_ids
         return found
 
     def _is_finite(self, index: int) -> bool:
-        pack = self._pack(self.corpus.samples, [index], self.settings.supervision_gate)
+        pack = self.stream.pack(self.corpus.samples, [index], self.settings.supervision_gate)
         counts = pack.plan.step_counts
         weights = self._on_device(TTTLoss(self.settings.ttt_steps, self.settings.step_decay).weights(counts))
         self.optimizer.zero_grad(set_to_none=True)
@@ -323,7 +220,7 @@ class Trainer:
             EagleOfflineError: a loss is not finite; names the samples.
         """
         with self.autocast():
-            tally = validate(self.model, self._heldout_packs(), self._selected_head, self.ttt_loss, self.ranks)
+            tally = validate(self.model, self.stream.heldout(), self._selected_head, self.ttt_loss, self.ranks)
         if not tally.is_finite():
             ids = sorted(self.ranks.gathered(self.heldout_culprits()))
             raise EagleOfflineError(
@@ -338,7 +235,7 @@ class Trainer:
         position = self.position
         if not position.next_pack:
             return float(position.epoch)
-        return position.epoch + position.next_pack / len(self.packs(position.epoch))
+        return position.epoch + position.next_pack / len(self.stream.packs(position.epoch))
 
     @cached_property
     def _has_other_embeddings(self) -> bool:

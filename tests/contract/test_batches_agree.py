@@ -20,8 +20,8 @@ from eagle_offline.objectives.ttt import supervised_counts, unroll
 from eagle_offline.training.optimizer import build_optimizer
 from eagle_offline.training.packs import make_pack
 from eagle_offline.training.state import Position
+from eagle_offline.training.stream import LoadedStep
 from eagle_offline.training.tally import Tally
-from eagle_offline.training.trainer import LoadedStep
 from tests.oracles import ttt
 from tests.training.caches import settings, shared_cache, trainer_of
 

@@ -17,6 +17,7 @@ from eagle_offline.errors import StoppedEarly
 from eagle_offline.training import loop, state
 from eagle_offline.training import trainer as trainer_module
 from eagle_offline.training.logbook import Logbook, read_metrics, read_rows
+from eagle_offline.training.stream import PackStream
 from eagle_offline.training.trainer import StepOutcome, Trainer
 from tests.builders import SCRATCH
 from tests.oracles.children import command as command_of
@@ -60,7 +61,7 @@ def train_until(chosen: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def steps_of_epoch(trainer: Trainer, epoch: int) -> int:
-    return -(-len(trainer.packs(epoch)) // trainer.settings.global_batch)
+    return -(-len(trainer.stream.packs(epoch)) // trainer.settings.global_batch)
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +317,7 @@ def lives(run: Path, seed: int, number: int, directory: Path, **changes: Any) ->
     while killed < number and not over:
         owner, name, most = MOMENTS[draw.choice(sorted(MOMENTS))]
         drawn = kill_at_call(owner, name, draw.randint(1, most), after=draw.random() < 0.4)
-        at_latest = kill_at_call(Trainer, "load", 7)  # some moments do not come in a life
+        at_latest = kill_at_call(PackStream, "load", 7)  # some moments do not come in a life
         (ended,) = run_children(
             command_of(everything(run, resume=True, **changes)),
             directory,

@@ -106,7 +106,7 @@ def test_an_untrained_draft_that_is_never_passed_leaves_no_best(scripted, tmp_pa
     assert state.best_checkpoint(tmp_path / "run") == latest(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("patience", "last"), [(1, 6), (2, 8), (4, 12)])
+@pytest.mark.parametrize(("patience", "last"), [(1, 6), (2, 8), pytest.param(4, 12, marks=pytest.mark.slow)])
 def test_early_stopping_ends_after_so_many_validations_without_gain(patience, last, scripted, tmp_path):
     run = tmp_path / "run"
     chosen = run_settings(run, early_stopping=patience, checkpoint_every=500)

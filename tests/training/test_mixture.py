@@ -15,6 +15,7 @@ from eagle_offline.data.mixture import CacheMixture, check_alike
 from eagle_offline.data.sampler import heldout_mask
 from eagle_offline.errors import DataError, MismatchError, UsageError
 from eagle_offline.train_settings import TrainSettings
+from eagle_offline.training.corpus import open_corpus
 from eagle_offline.training.ranks import Ranks
 from eagle_offline.training.trainer import Trainer
 from tests.builders import make_cache, run_cli, save_target, shared_chat
@@ -84,7 +85,7 @@ def test_over_many_epochs_counts_of_samples_differ_by_one_at_most(weight, tmp_pa
 
 def plan(chosen: TrainSettings) -> list[list[list[int]]]:
     trainer = trainer_of(chosen)
-    return [[pack.tolist() for pack in trainer.packs(epoch)] for epoch in range(3)]
+    return [[pack.tolist() for pack in trainer.stream.packs(epoch)] for epoch in range(3)]
 
 
 def test_the_order_is_a_function_of_seed_epoch_and_caches(tmp_path):
@@ -92,8 +93,8 @@ def test_the_order_is_a_function_of_seed_epoch_and_caches(tmp_path):
     first = plan(chosen)
     np.random.seed(3)
     trainer = trainer_of(chosen)
-    assert [pack.tolist() for pack in trainer.packs(2)] == first[2]
-    assert [pack.tolist() for pack in trainer.packs(0)] == first[0]
+    assert [pack.tolist() for pack in trainer.stream.packs(2)] == first[2]
+    assert [pack.tolist() for pack in trainer.stream.packs(0)] == first[0]
     assert plan(chosen) == first
     assert plan(two(tmp_path, cache_weights=(1.5, 0.5), seed=1)) != first
     assert len({json.dumps(epoch) for epoch in first}) == 3
@@ -139,11 +140,10 @@ def test_any_number_of_ranks_sees_every_sample_of_an_epoch_once(size, tmp_path):
     seen: list[Counter[tuple[int, int]]] = [Counter(), Counter()]
     empty = 0
     for rank in range(size):
-        trainer = trainer_of(chosen)
-        trainer.ranks = Ranks(rank, size, rank)
+        trainer = Trainer(chosen, open_corpus(chosen), Ranks(rank, size, rank))
         epoch = 0
         for step in trainer.remaining_steps():
-            loaded = trainer.load(step)
+            loaded = trainer.stream.load(step)
             empty += not loaded.packs
             assert len(loaded.packs) <= 4 // size
             assert sum(len(pack.sample_ids) for pack in loaded.packs) == len(loaded.samples)
@@ -160,10 +160,9 @@ def test_another_number_of_ranks_in_mid_epoch_sees_the_rest_once(tmp_path):
     steps = list(trainer.remaining_steps())
     seen = Counter(int(index) for _, packs in steps[:2] for pack in packs for index in pack)
     for rank in range(2):
-        other = trainer_of(chosen)
-        other.ranks = Ranks(rank, 2, rank)
+        other = Trainer(chosen, open_corpus(chosen), Ranks(rank, 2, rank))
         other.standing = type(other.standing)(steps[1][0])
-        seen.update(int(index) for step in other.remaining_steps() for index in other.load(step).samples)
+        seen.update(int(index) for step in other.remaining_steps() for index in other.stream.load(step).samples)
     assert seen == Counter(range(ONE + TWO))
 
 
@@ -218,7 +217,7 @@ def test_the_same_cache_twice_is_refused(spelling, tmp_path):
     cache = shared_cache()
     (tmp_path / "link").symlink_to(cache)
     again = {"same": cache, "dotted": cache / ".." / cache.name, "link": tmp_path / "link"}[spelling]
-    with pytest.raises(UsageError, match=r"is given twice; .*--cache-weights"):
+    with pytest.raises(UsageError, match=r"holds what .* does; .*--cache-weights"):
         trainer_of(two(tmp_path, cache=(cache, again)))
 
 
@@ -234,7 +233,7 @@ def test_a_copy_of_a_cache_beside_it_is_refused_too(tmp_path):
     [
         (["1"], "has 1 values for 2 caches"),
         (["1", "2", "3"], "has 3 values for 2 caches"),
-        (["0", "1"], "expected positive numbers"),
+        (["0", "1"], "expected numbers above 0"),
         (["1", "-1"], "--cache-weights"),
         (["1", "nan"], "--cache-weights"),
         (["inf", "1"], "--cache-weights"),
@@ -262,6 +261,7 @@ def test_weights_that_leave_epochs_empty_end_all_the_same(tmp_path):
         assert len(ended.errors) == 1
 
 
+@pytest.mark.slow
 def test_killed_on_a_mixture_and_resumed_equals_uninterrupted(tmp_path):
     mixed = {"cache_weights": (0.5, 1.5), "num_epochs": 3, "heldout_share": 0.2, "global_batch": 2}
     run, chosen = tmp_path / "run", two(tmp_path / "run", checkpoint_every=2, resume=True, **mixed)

@@ -103,9 +103,9 @@ def test_a_step_that_is_not_finite_touches_neither_weights_nor_optimizer(kind, t
     trainer = trainer_of(clean(tmp_path, cache=(spoiled((bad,), float("nan")),), global_batch=2, lk_loss_type=kind))
     tally, steps = Tally(3), trainer.remaining_steps()
     for _ in range(2):
-        assert bool(trainer.step(trainer.load(next(steps)), tally).is_finite)
+        assert bool(trainer.step(trainer.stream.load(next(steps)), tally).is_finite)
     before, counted = state_of(trainer), tally.state()
-    outcome = trainer.step(trainer.load(next(steps)), tally)
+    outcome = trainer.step(trainer.stream.load(next(steps)), tally)
     assert not bool(outcome.is_finite)
     assert trainer.culprits(outcome.samples) == [bad]
     after = state_of(trainer)
@@ -124,7 +124,7 @@ def left_out(chosen: TrainSettings, steps: set[int]) -> dict[str, torch.Tensor]:
         if step[0].step in steps:
             trainer.standing = type(trainer.standing)(Position(step[0].step, step[0].epoch, step[0].next_pack))
         else:
-            assert bool(trainer.step(trainer.load(step), tally).is_finite)
+            assert bool(trainer.step(trainer.stream.load(step), tally).is_finite)
     return state_of(trainer)
 
 
@@ -205,6 +205,29 @@ def test_two_processes_stop_with_the_sample_that_only_one_of_them_has(rank, tmp_
     assert all_finite(run)
 
 
+def test_a_loss_that_is_not_finite_on_one_process_alone_is_left_out_by_both(tmp_path):
+    """Its gradients are finite, so the other one learns of it only when told."""
+    run = tmp_path / "run"
+
+    def prepare(rank: int) -> None:
+        original, count = Tally.add, 0
+
+        def add(tally: Tally, sums: Any) -> None:
+            nonlocal count
+            original(tally, sums)
+            count += 1
+            if rank == 1 and count == 2:
+                tally._sums[0, 0] = float("inf")
+
+        Tally.add = add  # type: ignore[method-assign]
+
+    chosen = clean(run, global_batch=2, on_nonfinite="skip")
+    ended = run_children(command(chosen), tmp_path, 2, prepare=prepare, timeout=30)
+    assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
+    (skipped,) = read_rows(run / "skipped.jsonl")
+    assert skipped == {"step": 2, "sample_ids": sorted(i for pack in step_samples(2)[1] for i in pack)}
+
+
 def test_two_processes_leave_out_what_one_would(tmp_path):
     """The same steps, the same samples recorded, the same weights but for the order of sums."""
     bad, runs = culprit(3, 2, 1), [tmp_path / "one", tmp_path / "two"]
@@ -269,4 +292,4 @@ def test_a_sample_without_any_supervision_is_trained_on_like_nothing(tmp_path):
     assert sample.loss_mask.any()
     tally = Tally(3)
     for step in trainer.remaining_steps():
-        assert bool(trainer.step(trainer.load(step), tally).is_finite)
+        assert bool(trainer.step(trainer.stream.load(step), tally).is_finite)

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from eagle_offline.cache.reader import Sample, TargetSupervision
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.corpus import open_corpus
 from eagle_offline.training.logbook import read_metrics
+from eagle_offline.training.packs import make_pack
 from eagle_offline.training.tally import Tally
 from eagle_offline.training.trainer import Trainer
 from tests.oracles.acceptance import decoded_length, expected_accept_length, simulated_accept_length
@@ -68,7 +70,7 @@ def test_a_step_of_several_packs_is_the_oracle_s_over_all_of_them(name, tmp_path
     options = dict(OPTIONS[name])
     trainer = trainer_of(chosen_for(tmp_path, **options))
     moved_off(trainer)
-    loaded = trainer.load(next(trainer.remaining_steps()))
+    loaded = trainer.stream.load(next(trainer.remaining_steps()))
     assert len(loaded.packs) == 4
     gate = options.pop("supervision_gate", "input")
     expected, grads, batch = oracle_of(trainer, loaded.samples, gate, **options)
@@ -133,7 +135,7 @@ def test_counts_of_a_gate_are_those_of_the_masks_document_by_document(gate, tmp_
     """The first answer token's distribution is stored beside the answer: `predicted` asks for it."""
     trainer = trainer_of(chosen_for(tmp_path, supervision_gate=gate, tokens_per_batch=400, global_batch=1))
     for step in trainer.remaining_steps():
-        loaded = trainer.load(step)
+        loaded = trainer.stream.load(step)
         expected = [0] * K
         for index in loaded.samples:
             sample = trainer.corpus.samples[int(index)]
@@ -149,6 +151,29 @@ def test_counts_of_a_gate_are_those_of_the_masks_document_by_document(gate, tmp_
         assert loaded.step_counts.tolist() == expected
         if step[0].step == 4:
             break
+
+
+@pytest.mark.parametrize("gate", ["input", "predicted", "both"])
+def test_a_gate_ends_with_its_document_even_where_the_next_begins_with_an_answer(gate):
+    """Nobody's templates do that, but a document's last distribution predicts no token of another one."""
+    generator = torch.Generator().manual_seed(7)
+    selected = torch.tensor([True, True, False, True])
+    samples = []
+    for sample_id, length in enumerate((5, 2, 1, 6)):
+        wrote = torch.rand(length, generator=generator) < 0.7
+        wrote[0] = wrote[-1] = True
+        everywhere = torch.arange(length)
+        best = torch.randint(4, (length,), generator=generator)
+        supervision = TargetSupervision(everywhere, torch.randn(length, 8), None, best, torch.zeros(length))
+        samples.append(Sample(sample_id, everywhere, wrote, torch.randn(length, 24), supervision))
+    plan = make_pack(samples, selected, K, torch.device("cpu"), gate).plan
+    expected = [0] * K
+    for sample in samples:
+        counts = counts_by_gate(sample.loss_mask.tolist(), gate)
+        for k in range(K):
+            for t in range(1 + k, len(counts)):
+                expected[k] += counts[t] and bool(selected[sample.supervision.target_argmax[t]])
+    assert plan.step_counts.tolist() == expected
 
 
 @pytest.mark.parametrize("gate", ["predicted", "both"])
@@ -182,7 +207,7 @@ def test_one_pack_or_many_an_optimizer_step_is_the_same_step(kind, tmp_path):
         other = Trainer(trainer.settings, open_corpus(trainer.settings))
         moved_off(other)
         tally = Tally(K)
-        outcome = other.step(other.load((position, [torch.tensor(part).numpy() for part in cut])), tally)
+        outcome = other.step(other.stream.load((position, [torch.tensor(part).numpy() for part in cut])), tally)
         grads = {name: p.grad.clone() for name, p in other.model.named_parameters() if p.grad is not None}
         found.append((tally.row("train", other.ttt_loss, 1, 0.0), outcome, grads))
     (row, outcome, grads), (other_row, other_outcome, other_grads) = found

@@ -81,7 +81,7 @@ def test_recorded_rates_are_the_schedule_s(tmp_path):
 
 def test_gradients_are_clipped_to_the_norm_asked_for(tmp_path):
     trainer = trainer_of(settings(tmp_path, max_grad_norm=0.01))
-    recorded = trainer.step(trainer.load(next(trainer.remaining_steps())), Tally(3)).grad_norm
+    recorded = trainer.step(trainer.stream.load(next(trainer.remaining_steps())), Tally(3)).grad_norm
     gradients = [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
     assert torch.stack([gradient.norm() for gradient in gradients]).norm().item() == pytest.approx(0.01, rel=1e-4)
     assert recorded > 1, "the norm before clipping is recorded"
