@@ -125,7 +125,7 @@ def measure(example: Path, directory: Path, training: dict[str, Any], name: str,
     from eagle_offline.training.logbook import read_metrics
 
     run = directory / f"{name.replace(' ', '-')}-{seed}"
-    done = run.with_suffix(".json")
+    done = directory / f"{run.name}.json"
     if done.is_file():
         return json.loads(done.read_text())
     chosen = {**training, **_placed(VARIANTS[name], example), "seed": seed}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import (
+    ablation,
     cache_size,
     data_wait,
     harness,
@@ -16,6 +17,8 @@ from benchmarks import (
     train_step,
 )
 from benchmarks.harness import Row, read_rows
+from eagle_offline.pipeline import run_pipeline
+from eagle_offline.training import corpus
 
 
 def test_every_benchmark_is_listed_and_says_its_question():
@@ -97,6 +100,35 @@ def test_quickstart_row_reads_what_a_pipeline_achieved(tmp_path):
     assert 0.5 < figures["share_of_raw_states"] < 1
     assert figures["decoded_same_as_without_draft"] == figures["decoded_answers"] > 0
     assert figures["decoded_real_over_walked"] == 1
+
+
+@pytest.mark.slow
+def test_ablation_judges_every_seed_by_itself(tmp_path, monkeypatch):
+    pipeline, example = tmp_path / "micro.yaml", tmp_path / "example"
+    pipeline.write_text(MICRO_PIPELINE.split("  - train:")[0])
+    run_pipeline(pipeline, example, announce=lambda _: None)
+    for made, wanted in (("cache", "heldout-cache"), ("heldout.jsonl", "data/heldout-rewritten.jsonl")):
+        (example / wanted).parent.mkdir(exist_ok=True)
+        (example / wanted).symlink_to(example / made)
+    # The same samples to train and to validate on would be refused: here only decoding is looked at.
+    monkeypatch.setattr(corpus, "_refuse_repeated", lambda *_: None)
+    training = {**ablation.TRAINING, "ttt_steps": 2, "max_steps": 1, "tokens_per_batch": 512}
+    found = [ablation.measure(example, tmp_path, training, "step_decay 1.0", seed) for seed in (0, 1)]
+    assert found[0] != found[1]
+    assert all(figures["accept_length_greedy"] >= 1 for figures in found)
+    assert found[0] == ablation.measure(example, tmp_path, training, "step_decay 1.0", 0), "done once"
+
+
+def test_the_ablation_table_pairs_seeds(tmp_path, monkeypatch):
+    rows = []
+    for case, lengths in ((ablation.BASELINE, (3.0, 3.2, 3.4)), ("fc_norm", (3.1, 3.4, 3.4))):
+        figures = {"accept_length_greedy": sum(lengths) / 3, "accept_length_sampled": sum(lengths) / 3}
+        for way in ("greedy", "sampled"):
+            figures |= {f"accept_length_{way}_seed{seed}": value for seed, value in enumerate(lengths)}
+        rows.append(Row(benchmark="ablation", case=case, figures=figures, environment={}, code="", measured_at=""))
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    harness.results_file("ablation", "cpu").write_text("".join(row.model_dump_json() + "\n" for row in rows))
+    assert "| fc_norm | 3.30 | +0.10 ± 0.10 | 3.30 | +0.10 ± 0.10 |" in ablation.table().splitlines()
 
 
 def test_what_interop_compares_is_a_draft_in_both_layouts(tmp_path):
