@@ -13,18 +13,16 @@ from typing import Any
 
 import pytest
 
-from eagle_offline.errors import StoppedEarly
 from eagle_offline.training import loop, state
 from eagle_offline.training import trainer as trainer_module
 from eagle_offline.training.logbook import Logbook, read_metrics, read_rows
 from eagle_offline.training.stream import PackStream
-from eagle_offline.training.trainer import StepOutcome, Trainer
+from eagle_offline.training.trainer import Trainer
 from tests.builders import SCRATCH
 from tests.oracles.children import command as command_of
 from tests.oracles.children import kill_at_call, run_children
 from tests.oracles.spoiled import spoil
 from tests.training.caches import (
-    Stop,
     assert_same_run,
     flags,
     latest,
@@ -32,6 +30,7 @@ from tests.training.caches import (
     settings,
     shared_cache,
     train,
+    train_until,
     trainer_of,
 )
 from tests.training.forked import WarmProcess
@@ -44,20 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "3.1": {"fc_norm": True, "norm_output": True, "num_draft_layers": 2, "weight_decay": 0.1},
     "trained embeddings": {"train_embeddings": True, "max_steps": 11},
 }
-
-
-def train_until(chosen: Any, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train in this process and ask to stop while the optimizer step that ends at `step` is done."""
-    stop, original = Stop(), Trainer.step
-
-    def watched(trainer: Trainer, *arguments: Any, **named: Any) -> StepOutcome:
-        stop.requested = trainer.position.step + 1 >= step
-        return original(trainer, *arguments, **named)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", watched)
-        with pytest.raises(StoppedEarly, match=f"after step {step} of "):
-            train(chosen, stop)
 
 
 def steps_of_epoch(trainer: Trainer, epoch: int) -> int:

@@ -8,14 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from eagle_offline.errors import StoppedEarly
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training import loop
 from eagle_offline.training.corpus import open_corpus
 from eagle_offline.training.logbook import MetricsRow, read_metrics
-from eagle_offline.training.trainer import Trainer
+from eagle_offline.training.trainer import StepOutcome, Trainer
 from tests.builders import SCRATCH, make_cache, shared_chat
 
 NUM_SAMPLES = 24
@@ -83,6 +85,20 @@ def train(chosen: TrainSettings, stop: Any = None) -> dict[str, Any]:
     """Train in this process."""
     chosen.output_dir.mkdir(parents=True, exist_ok=True)
     return loop.run(chosen, stop or Stop())
+
+
+def train_until(chosen: TrainSettings, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train in this process and ask to stop while the optimizer step that ends at `step` is done."""
+    stop, original = Stop(), Trainer.step
+
+    def watched(trainer: Trainer, *arguments: Any, **named: Any) -> StepOutcome:
+        stop.requested = trainer.position.step + 1 >= step
+        return original(trainer, *arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", watched)
+        with pytest.raises(StoppedEarly, match=f"after step {step} of "):
+            train(chosen, stop)
 
 
 def trainer_of(chosen: TrainSettings) -> Trainer:

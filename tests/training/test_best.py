@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from eagle_offline.errors import StoppedEarly
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training import loop, state
 from eagle_offline.training.logbook import read_metrics
@@ -16,7 +15,7 @@ from eagle_offline.training.tally import Tally
 from eagle_offline.training.trainer import StepOutcome, Trainer
 from tests.builders import run_cli
 from tests.oracles.children import command, kill_at_call, run_children
-from tests.training.caches import Stop, assert_same_run, latest, metrics, settings, train, trainer_of
+from tests.training.caches import assert_same_run, latest, metrics, settings, train, train_until, trainer_of
 
 # Walked accept lengths by step: the best at step 4, equalled at 6 and 10, never passed.
 LENGTHS = {0: 1.0, 2: 1.5, 4: 2.5, 6: 2.5, 8: 2.0, 10: 2.5, 12: 2.25}
@@ -55,20 +54,6 @@ def checkpoints(run: Path) -> list[int]:
 
 def validations(run: Path) -> list[int]:
     return [row["step"] for row in read_metrics(run) if row["kind"] == "heldout"]
-
-
-def train_until(chosen: TrainSettings, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask to stop while the optimizer step that ends at `step` is done."""
-    stop, original = Stop(), Trainer.step
-
-    def watched(trainer: Trainer, *arguments: Any, **named: Any) -> StepOutcome:
-        stop.requested = trainer.position.step + 1 >= step
-        return original(trainer, *arguments, **named)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "step", watched)
-        with pytest.raises(StoppedEarly, match=f"after step {step} of "):
-            train(chosen, stop)
 
 
 def test_best_names_the_first_of_the_longest_and_outlives_the_others(scripted, tmp_path):
