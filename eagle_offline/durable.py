@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -36,14 +37,26 @@ def explained_os_errors(path: Path | str) -> Iterator[None]:
     """
     try:
         yield
+    except EagleOfflineError:
+        raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SpaceError(
-                f"{path}: {error.strerror}; nothing committed is lost: free some space and run again with --resume"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise EagleOfflineError(f"{path}: cannot write: {error.strerror}; choose another directory") from error
-        raise EagleOfflineError(f"{path}: {error.strerror or error}") from error
+        raise _explained(path, error) from error
+    except Exception as error:
+        # Libraries that write from Rust have errors of their own, with the system's number in words.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise _explained(path, OSError(int(number[1]), os.strerror(int(number[1])))) from error
+
+
+def _explained(path: Path | str, error: OSError) -> EagleOfflineError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SpaceError(
+            f"{path}: {error.strerror}; nothing committed is lost: free some space and run again with --resume"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return EagleOfflineError(f"{path}: cannot write: {error.strerror}; choose another directory")
+    return EagleOfflineError(f"{path}: {error.strerror or error}")
 
 
 def temporary_sibling(path: Path) -> Path:

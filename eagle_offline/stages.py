@@ -167,12 +167,14 @@ def load_draft(name: str, flag: str) -> ServedDraft:
     from eagle_offline.serving.drafts import read_draft
     from eagle_offline.target.load import resolve_target
     from eagle_offline.training.logbook import METRICS_FILE, read_metrics
-    from eagle_offline.training.state import best_checkpoint
+    from eagle_offline.training.state import STATE_FILE, best_checkpoint, check_files
 
     directory = Path(name)
     checkpoint = best_checkpoint(directory) if directory.is_dir() else None
     if checkpoint is None:
         checkpoint = directory if directory.is_dir() else resolve_target(name, flag=flag).directory
+    if (checkpoint / STATE_FILE).is_file():
+        check_files(checkpoint)
     draft = read_draft(checkpoint)
     run = checkpoint.parent.parent
     if draft.layout == "native" and draft.origin is not None and (run / METRICS_FILE).is_file():
@@ -213,7 +215,10 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     if settings.to != "both":
         layouts = (settings.to,)
     elif draft.model.config.target_hidden_size != draft.model.config.hidden_size:
-        layouts = ("flat",)  # a speculators config has no place for another width than the target's
+        layouts = ("flat",)
+        sys.stderr.write(
+            "export: no speculators directory: its config has no place for another width than the target's\n"
+        )
     require_writable(root, "--output-dir")
     return {
         layout: export_draft(

@@ -87,7 +87,9 @@ class DraftSettings(Settings):
     layer_style: Literal["llama", "qwen3"] = setting(
         "llama", "qwen3: queries and keys are normalised; vLLM and speculators load it, SGLang does not."
     )
-    draft_hidden_size: int | None = setting(None, "Width of the draft; default the target's.", gt=0)
+    draft_hidden_size: int | None = setting(
+        None, "Width of the draft; default the target's. Another one is exported in the flat layout only.", gt=0
+    )
     draft_intermediate_size: int | None = setting(None, "Width of its feed-forward; default the target's.", gt=0)
     draft_num_attention_heads: int | None = setting(None, "Its attention heads; default the target's.", gt=0)
     draft_num_key_value_heads: int | None = setting(None, "Its key-value heads; default the target's.", gt=0)
@@ -139,6 +141,8 @@ class TrainSettings(ObjectiveSettings, DraftSettings, RunSettings):
     def _agree(self) -> TrainSettings:
         if self.early_stopping is not None and self.heldout_cache is None and not self.heldout_share:
             raise UsageError("train --early-stopping needs held-out documents: give --heldout-share or --heldout-cache")
+        if self.init_from is not None and self.head_start == "random":
+            raise UsageError("train --init-from brings a head with it: leave --head-start out")
         if self.draft_vocab is not None and self.draft_vocab_size is not None:
             raise UsageError("train --draft-vocab and --draft-vocab-size: give one of the two")
         return self

@@ -16,6 +16,9 @@ from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.draft_choice import choose_aux_layers, choose_vocabulary
 from eagle_offline.vocab import DraftVocab
 
+# A draft vocabulary that covers less of what the assistant says deserves a word.
+_LOW_COVERAGE = 0.9
+
 
 @dataclass(frozen=True)
 class DraftChoice:
@@ -30,6 +33,16 @@ class DraftChoice:
     vocabulary: DraftVocab
     aux_layers: tuple[int, ...]
     aux_layer_ids: tuple[int, ...]
+
+    def describe(self, *, chosen: bool) -> str | None:
+        """Return a line for the log where the vocabulary was ``chosen`` by the user, or covers too little."""
+        vocabulary = self.vocabulary
+        if not chosen and vocabulary.coverage >= _LOW_COVERAGE:
+            return None
+        line = f"draft vocabulary of {vocabulary.size} tokens, {vocabulary.coverage:.2%} of the supervised ones"
+        if vocabulary.coverage < _LOW_COVERAGE:
+            line += ": WARNING: the others are lost for acceptance; a larger --draft-vocab-size covers more"
+        return line
 
     @property
     def selected_token_ids(self) -> Tensor:

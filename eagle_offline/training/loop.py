@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle_offline.cache.layout import STATUS_FILE
+from eagle_offline.cache.layout import MANIFEST_FILE, STATUS_FILE
 from eagle_offline.draft.warm_start import DraftWeights
-from eagle_offline.durable import make_directory, remove_abandoned
+from eagle_offline.durable import remove_abandoned, require_writable
 from eagle_offline.errors import EagleOfflineError, MismatchError, StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
@@ -38,8 +38,11 @@ from eagle_offline.training.state import (
     CHECKPOINTS_DIRECTORY,
     LATEST_FILE,
     acceptable_drift,
+    holds_a_run,
     latest_checkpoint,
     point_at_best,
+    pointed_checkpoint,
+    restore_latest,
 )
 from eagle_offline.training.trainer import StepOutcome, Trainer
 
@@ -56,13 +59,17 @@ def check_output_directory(settings: TrainSettings) -> None:
     """Make the run's directory, or see that it is a run's.
 
     Raises:
-        UsageError: a run is there and ``--resume`` was not given. MismatchError: something else is there.
+        UsageError: it cannot be written, or a run is there and ``--resume`` was not given.
+        MismatchError: something else is there, or around it.
     """
     directory = settings.output_dir
-    make_directory(directory)
-    if latest_checkpoint(directory) is not None:
+    for parent in directory.resolve().parents:
+        if (parent / MANIFEST_FILE).is_file():
+            raise MismatchError(f"{directory} lies inside the cache {parent}: choose another --output-dir")
+    require_writable(directory, "--output-dir")
+    if holds_a_run(directory):
         if not settings.resume:
-            raise UsageError(f"{directory} already holds a run ({LATEST_FILE} is there): add --resume to go on with it")
+            raise UsageError(f"{directory} already holds a run (checkpoints are there): add --resume to go on with it")
         return
     foreign = sorted(
         entry.name for entry in directory.iterdir() if entry.name not in _OWN_ENTRIES and not entry.name.startswith(".")
@@ -101,11 +108,16 @@ def run(
     if ranks.is_first:
         check_output_directory(settings)
         remove_abandoned(directory)
+        restored = restore_latest(directory)
+        if restored is not None:
+            sys.stderr.write(f"train: {directory / LATEST_FILE} was missing; going on from {restored}, the newest\n")
     ranks.wait()
     checkpoint = latest_checkpoint(directory)
     trainer = Trainer(settings, open_corpus(settings), ranks, source() if checkpoint is None else None)
-    if trainer.taken_over is not None and ranks.is_first:
-        sys.stderr.write(f"train: {trainer.taken_over}\n")
+    if ranks.is_first:
+        chosen = settings.draft_vocab is not None or settings.draft_vocab_size is not None
+        for line in (trainer.choice.describe(chosen=chosen), trainer.taken_over):
+            sys.stderr.write("" if line is None else f"train: {line}\n")
     unlogged = None if checkpoint is None else trainer.restore(checkpoint)
     # What weights start from may differ between machines in its last bits.
     ranks.agree(trainer.model.parameters())
@@ -117,13 +129,17 @@ def run(
             records = Records(settings, None if checkpoint is None else trainer.standing, stack)
         _Run(trainer, records, stop, unlogged).train()
     ranks.wait()
-    best = trainer.standing.best_step
-    return {
-        "run": str(directory),
-        "steps": trainer.position.step,
-        "checkpoint": str(latest_checkpoint(directory)),
-        **({} if best is None else {"best_step": best, "best_walked_accept_length": trainer.standing.best_length}),
-    }
+    standing, best = trainer.standing, pointed_checkpoint(directory, BEST_FILE)
+    result = {"run": str(directory), "steps": standing.position.step, "checkpoint": str(latest_checkpoint(directory))}
+    if best is not None:
+        result |= {"best_checkpoint": str(best), "best_walked_accept_length": standing.best_length}
+    if standing.position.step < trainer.total_steps:
+        result["stopped_early"] = (
+            f"after step {standing.position.step} of {trainer.total_steps}: {standing.num_without_gain} validations "
+            f"without a longer walked accept length than {standing.best_length:.4g} at step {standing.best_step}"
+        )
+        sys.stderr.write(f"train: stopped early {result['stopped_early']}\n" if ranks.is_first else "")
+    return result
 
 
 class _Run:
@@ -157,9 +173,9 @@ class _Run:
         if self._has_heldout and (self._begins or trainer.standing.validation_due):
             improved = self._validate()
             if improved or self._gives_up():
-                trainer.save(self._window.tally)
+                self._save()
         trace = settings.output_dir if settings.profile and trainer.ranks.is_first else None
-        self._window.started = time.monotonic()
+        first = trainer.position.step
         with (
             Progress(
                 "train", trainer.total_steps, initial=trainer.position.step, unit="step", enabled=trainer.ranks.is_first
@@ -167,6 +183,9 @@ class _Run:
             profiled(trace) as profile_step,
         ):
             for loaded in trainer.steps() if not self._gives_up() else ():
+                if trainer.position.step == first:
+                    # Reading ahead has to begin somewhere: that is neither the step's time nor waiting in it.
+                    self._window.restart(trainer)
                 epoch = trainer.position.epoch
                 outcome = trainer.step(loaded, self._window.tally)
                 self._window.num_tokens += loaded.num_tokens
@@ -198,11 +217,17 @@ class _Run:
         if self._gives_up() and not logs:
             self._log(outcome, progress)
         if saves or improved or self._gives_up():
-            trainer.save(self._window.tally)
-            self._saved_at = time.monotonic()
+            self._save()
         if stopping and done < total:
             trainer.ranks.wait()
             raise StoppedEarly(f"stopped by a signal after step {done} of {total}; go on with --resume")
+
+    def _save(self) -> None:
+        began = time.monotonic()
+        self._trainer.save(self._window.tally)
+        self._saved_at = time.monotonic()
+        # The window's clock leaves checkpoints out, as it does validations.
+        self._window.started += self._saved_at - began
 
     def _log(self, outcome: StepOutcome, progress: Progress) -> None:
         row = self._window.row(self._trainer, outcome.grad_norm)
@@ -230,7 +255,8 @@ class _Run:
         else:
             changes = {"num_without_gain": standing.num_without_gain + 1}
         trainer.standing = replace(standing, validation_due=False, **changes)
-        return improved and step > 0
+        # The draft that a run begins with is no checkpoint, unless it is one that was trained before.
+        return improved and (step > 0 or self._settings.init_from is not None)
 
     def _write(self, row: MetricsRow) -> None:
         """Write a row where there are records: on the first rank."""

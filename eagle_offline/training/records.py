@@ -58,9 +58,13 @@ class Window:
 
     def __init__(self, trainer: Trainer):
         self.tally = Tally(trainer.settings.ttt_steps, trainer.device)
+        self.num_tokens = 0
+        self.restart(trainer)
+
+    def restart(self, trainer: Trainer) -> None:
+        """Set the clock to zero."""
         self.started = time.monotonic()
         self.waited_before = trainer.stream.wait_seconds
-        self.num_tokens = 0
 
     def row(self, trainer: Trainer, grad_norm: Tensor) -> MetricsRow:
         elapsed = max(time.monotonic() - self.started, 1e-9)

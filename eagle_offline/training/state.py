@@ -28,6 +28,7 @@ from eagle_offline.durable import (
     write_bytes,
 )
 from eagle_offline.errors import DataError, MismatchError, UsageError
+from eagle_offline.provenance import digest_file
 from eagle_offline.train_settings import TrainSettings
 
 LATEST_FILE = "latest"
@@ -37,6 +38,8 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "training_state.json"
 
 _NAME = re.compile(r"step-\d{8}")
+
+_WAY_OUT = "write the name of another checkpoint into the run's `latest` and go on with --resume"
 
 # Settings that may differ on resume: where things are, how often something is written, when to stop.
 _FREE_SETTINGS = frozenset(
@@ -146,16 +149,20 @@ def save_checkpoint(
     make_directory(parent)
     final = parent / _name(standing.position.step)
     content = {"standing": asdict(standing), "fingerprint": expected, "unlogged": unlogged}
-    state = (json.dumps(content, indent=2) + "\n").encode()
     if final == latest_checkpoint(directory):
         # The step that the run went on from, so the weights are the same; what `latest` names is never taken away.
-        write_bytes(final / STATE_FILE, state)
+        digests = json.loads((final / STATE_FILE).read_text())["digests"]
+        write_bytes(final / STATE_FILE, _state_bytes(content, digests))
     else:
-        _put_in_place(final, model, optimizer, selected_token_ids, origin, state)
+        _put_in_place(final, model, optimizer, selected_token_ids, origin, content)
     if standing.best_step == standing.position.step:
         write_bytes(directory / BEST_FILE, (final.name + "\n").encode())
     write_bytes(directory / LATEST_FILE, (final.name + "\n").encode())
     return final
+
+
+def _state_bytes(content: dict[str, Any], digests: dict[str, str]) -> bytes:
+    return (json.dumps({**content, "digests": digests}, indent=2) + "\n").encode()
 
 
 def _put_in_place(
@@ -164,7 +171,7 @@ def _put_in_place(
     optimizer: torch.optim.Optimizer,
     selected_token_ids: torch.Tensor,
     origin: DraftOrigin,
-    state: bytes,
+    content: dict[str, Any],
 ) -> None:
     """Write a checkpoint's files beside, make them durable, and rename their directory to ``final``."""
     sibling = temporary_sibling(final)
@@ -173,7 +180,8 @@ def _put_in_place(
         try:
             write_draft(sibling, model, selected_token_ids, origin)
             save_file(_flatten_optimizer(model, optimizer), sibling / OPTIMIZER_FILE)
-            (sibling / STATE_FILE).write_bytes(state)
+            digests = {path.name: digest_file(path) for path in sorted(sibling.iterdir())}
+            (sibling / STATE_FILE).write_bytes(_state_bytes(content, digests))
             for path in sibling.iterdir():
                 fsync_file(path)
             fsync_directory(sibling)
@@ -192,8 +200,7 @@ def _name(step: int) -> str:
 def remove_old_checkpoints(directory: Path, keep: int) -> None:
     """Remove all but the last ``keep`` checkpoints; those that ``latest`` and ``best`` name always stay."""
     named = {pointed_checkpoint(directory, LATEST_FILE), pointed_checkpoint(directory, BEST_FILE)}
-    finished = sorted(p for p in (directory / CHECKPOINTS_DIRECTORY).iterdir() if _NAME.fullmatch(p.name))
-    for path in finished[:-keep]:
+    for path in _finished(directory)[:-keep]:
         if path not in named:
             shutil.rmtree(path)
 
@@ -201,10 +208,51 @@ def remove_old_checkpoints(directory: Path, keep: int) -> None:
 def point_at_best(directory: Path, standing: Standing) -> None:
     """Let ``best`` name the best checkpoint of a run as it stands: it may go on from before a later one."""
     best = None if standing.best_step is None else directory / CHECKPOINTS_DIRECTORY / _name(standing.best_step)
+    pointer = directory / BEST_FILE
     if best is not None and best.is_dir():
-        write_bytes(directory / BEST_FILE, (best.name + "\n").encode())
-    else:
-        (directory / BEST_FILE).unlink(missing_ok=True)
+        write_bytes(pointer, (best.name + "\n").encode())
+    elif pointer.exists():
+        with explained_os_errors(pointer):
+            pointer.unlink()
+
+
+def check_files(checkpoint: Path) -> None:
+    """See that a checkpoint's files are those that were written.
+
+    Raises:
+        DataError: one is missing, was changed, or cannot be read.
+    """
+    try:
+        digests = json.loads((checkpoint / STATE_FILE).read_text())["digests"]
+        changed = [name for name, digest in digests.items() if digest_file(checkpoint / name) != digest]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{checkpoint}: the checkpoint cannot be read: {error}; {_WAY_OUT}") from error
+    if changed:
+        raise DataError(f"{checkpoint / changed[0]}: was changed after it was written; {_WAY_OUT}")
+
+
+def restore_latest(directory: Path) -> str | None:
+    """Let ``latest`` name the newest checkpoint where it is missing: the run was killed in between, or it was removed.
+
+    Returns:
+        The name, None where nothing was to be done.
+    """
+    finished = _finished(directory)
+    if (directory / LATEST_FILE).exists() or not finished:
+        return None
+    write_bytes(directory / LATEST_FILE, (finished[-1].name + "\n").encode())
+    return finished[-1].name
+
+
+def _finished(directory: Path) -> list[Path]:
+    """Return the checkpoints that are there, in order."""
+    parent = directory / CHECKPOINTS_DIRECTORY
+    return sorted(path for path in parent.iterdir() if _NAME.fullmatch(path.name)) if parent.is_dir() else []
+
+
+def holds_a_run(directory: Path) -> bool:
+    """Return whether a run has left something to go on from."""
+    return latest_checkpoint(directory) is not None or bool(_finished(directory))
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
@@ -257,13 +305,14 @@ def load_checkpoint(
         MismatchError: the checkpoint belongs to another cache or other settings, each named.
         DataError: missing or damaged files.
     """
+    check_files(path)
     try:
         state = json.loads((path / STATE_FILE).read_text())
         recorded, unlogged, stood = state["fingerprint"], state["unlogged"], dict(state["standing"])
         standing = Standing(position=Position(**stood.pop("position")), **stood)
         weights, moments = load_file(path / MODEL_FILE), load_file(path / OPTIMIZER_FILE)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise DataError(f"{path}: the checkpoint cannot be read: {error}") from error
+        raise DataError(f"{path}: the checkpoint cannot be read: {error}; {_WAY_OUT}") from error
     differing = [
         f"{name}: recorded {recorded.get(name)!r}, now {expected.get(name)!r}"
         for name in sorted(recorded.keys() | expected.keys())

@@ -60,7 +60,8 @@ def test_best_names_the_first_of_the_longest_and_outlives_the_others(scripted, t
     result = train(run_settings(tmp_path / "run"))
     assert best(tmp_path / "run") == "step-00000004"
     assert checkpoints(tmp_path / "run") == [4, 12]
-    assert (result["best_step"], result["best_walked_accept_length"]) == (4, 2.5)
+    assert Path(result["best_checkpoint"]).name == "step-00000004"
+    assert result["best_walked_accept_length"] == 2.5
     found = standing(tmp_path / "run")
     assert (found["best_step"], found["best_length"], found["num_without_gain"]) == (4, 2.5, 4)
 

@@ -260,7 +260,7 @@ def test_a_device_that_is_not_there_is_refused_in_one_line(tmp_path):
 def test_a_file_as_output_directory_is_refused_in_one_line(tmp_path):
     (tmp_path / "file").write_text("mine")
     code, error = refused("--cache", shared_cache(), "--output-dir", tmp_path / "file")
-    assert code == 1
+    assert code == 2
     assert str(tmp_path / "file") in error
     assert (tmp_path / "file").read_text() == "mine"
 

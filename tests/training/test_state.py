@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from eagle_offline import Eagle3DraftModel, open_cache
 from eagle_offline.cache.companions import vocab_bytes, vocab_file
 from eagle_offline.cache.manifest import sealed
 from eagle_offline.errors import DataError, SpaceError
+from eagle_offline.stages import load_draft
 from eagle_offline.training import state
 from eagle_offline.training.logbook import read_metrics
 from eagle_offline.training.tally import Tally
@@ -268,3 +270,54 @@ def test_loading_a_checkpoint_of_another_shape_is_no_traceback(run):
     trainer = trainer_of(settings(run))
     with pytest.raises(DataError):
         state.load_checkpoint(latest(run), trainer.model, trainer.optimizer, trainer.expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "draft_vocab.safetensors", "origin.json"]
+)
+def test_a_flipped_bit_in_a_checkpoint_is_refused(run, name):
+    path = latest(run) / name
+    content = bytearray(path.read_bytes())
+    content[-1 - len(content) // 3] ^= 1
+    path.write_bytes(content)
+    error = one_error(again(run, "--resume"))
+    assert f"{path}: was changed after it was written" in error
+    assert "latest" in error
+    with pytest.raises(DataError, match="was changed"):
+        load_draft(str(run / "checkpoints" / latest(run).name), "--draft")
+
+
+def test_a_run_whose_latest_is_missing_goes_on_from_the_newest_and_is_never_begun_anew(run, finished):
+    (run / "latest").unlink()
+    before = tree(run)
+    ended = again(run)
+    assert ended.code == 2
+    assert "already holds a run" in one_error(ended)
+    assert tree(run) == before
+    ended = again(run, "--resume")
+    assert ended.code == 0, ended.err
+    assert "latest was missing; going on from step-" in ended.err
+    assert (run / "latest").read_text() == (finished / "latest").read_text()
+    assert read_metrics(run) == read_metrics(finished)
+
+
+def test_a_full_disk_in_a_library_that_writes_by_itself_is_told_as_one(run, monkeypatch):
+    trainer, before = trainer_of(settings(run)), latest(run)
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(state, "save_file", full)
+    trainer.standing = state.Standing(state.Position(99, 1, 1))
+    with pytest.raises(SpaceError, match="No space left on device; nothing committed is lost"):
+        trainer.save(Tally(3))
+    assert latest(run) == before
+
+
+def test_a_run_inside_a_cache_is_refused(tmp_path):
+    cache = copied_cache(tmp_path / "cache")
+    before = tree(cache, without=())
+    ended = run_cli("train", *flags(settings(cache / "runs" / "one")))
+    assert ended.code == 3
+    assert "lies inside the cache" in one_error(ended)
+    assert tree(cache, without=()) == before
