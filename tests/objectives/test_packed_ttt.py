@@ -405,3 +405,27 @@ def test_every_loss_type_equals_the_plain_one_in_value_and_gradients(lk_loss_typ
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12, msg=name)
     if lk_loss_type != "lambda":  # whose weights leave a constant out
         torch.testing.assert_close(loss.detach(), expected_loss.detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_in_bf16_the_packed_unroll_is_as_near_to_the_exact_one_as_the_plain_unroll(form):
+    """Neither is exact; the fast one must not be the worse: errors of loss and gradients against float64."""
+    lengths, weights = [40, 7, 90, 1, 23], torch.full((4,), 0.25, dtype=torch.float64)
+    masks = random_masks(lengths, 3, 0.5)
+    batch, exact_batch = (make_batch(lengths, *masks, dtype) for dtype in (torch.float32, torch.float64))
+    exact_model, model = make_draft(form), make_draft(form, torch.float32)
+    exact = unroll(exact_model, exact_batch, 4)
+    expected = gradients(exact_model, (exact.losses * weights).sum())
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = unroll(model, batch, 4)
+        rough = gradients(model, (plain.losses * weights).sum())
+        loss, sums = run_packed(model, batch, plan_of(batch, lengths, 4), weights)
+    ours = gradients(model, loss)
+
+    def error(found: torch.Tensor, right: torch.Tensor) -> float:
+        return float((found.double() - right).norm() / right.norm().clamp_min(1e-12))
+
+    assert error(sums.losses, exact.losses.detach()) <= 2 * error(plain.losses.detach(), exact.losses.detach()) + 1e-3
+    for name, right in expected.items():
+        assert error(ours[name], right) <= 1.5 * error(rough[name], right) + 1e-3, name
+        assert error(ours[name], right) < 0.1, name
