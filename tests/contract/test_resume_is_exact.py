@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from eagle_offline.training import loop, state
+from eagle_offline.training import records, state
 from eagle_offline.training import trainer as trainer_module
 from eagle_offline.training.logbook import Logbook, read_metrics, read_rows
 from eagle_offline.training.stream import PackStream
@@ -290,7 +290,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "removal": (state, "remove_old_checkpoints", 2),
     "line": (Logbook, "write", 3),
     "search for a culprit": (Trainer, "culprits", 1),
-    "settings": (loop, "write_bytes", 1),
+    "settings": (records, "write_bytes", 1),
     "restored": (Trainer, "restore", 1),
     "optimizer": (trainer_module, "learning_rate", 3),
 }
