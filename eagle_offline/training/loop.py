@@ -134,9 +134,12 @@ def run(
     if best is not None:
         result |= {"best_checkpoint": str(best), "best_walked_accept_length": standing.best_length}
     if standing.position.step < trainer.total_steps:
+        missed = "a walked accept length: no held-out answer to walk"
+        if standing.best_length is not None:
+            missed = f"a longer walked accept length than {standing.best_length:.4g} at step {standing.best_step}"
         result["stopped_early"] = (
             f"after step {standing.position.step} of {trainer.total_steps}: {standing.num_without_gain} validations "
-            f"without a longer walked accept length than {standing.best_length:.4g} at step {standing.best_step}"
+            f"without {missed}"
         )
         sys.stderr.write(f"train: stopped early {result['stopped_early']}\n" if ranks.is_first else "")
     return result

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +41,6 @@ from eagle_offline.training.state import (
 from eagle_offline.training.stream import LoadedStep, PackStream
 from eagle_offline.training.tally import Tally
 from eagle_offline.training.validation import validate
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,14 @@ def run_settings(run: Path, **changes: Any) -> TrainSettings:
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[int, float]:
+def scripted(monkeypatch: pytest.MonkeyPatch) -> dict[int, float | None]:
     """Validations that yield the lengths of a script, which the test may change."""
     script = dict(LENGTHS)
 
     def validate(trainer: Trainer) -> Tally:
         tally = Tally(trainer.settings.ttt_steps)
-        tally.walked_tokens, tally.walked_rounds = round(script[trainer.position.step] * 1000), 1000
+        length = script[trainer.position.step]  # None: nothing to walk
+        tally.walked_tokens, tally.walked_rounds = (0, 0) if length is None else (round(length * 1000), 1000)
         return tally
 
     monkeypatch.setattr(Trainer, "validate", validate)
@@ -324,3 +325,17 @@ def test_killed_after_a_validation_and_resumed_ends_at_the_same_step(step, scrip
     assert latest(run).name == "step-00000008"
     assert_same_run(run, tmp_path / "other")
     assert metrics(run) == metrics(tmp_path / "other")
+
+
+def test_a_run_that_stopped_early_says_so_in_its_result(scripted, tmp_path, capsys):
+    result = train(run_settings(tmp_path / "run", early_stopping=1))
+    assert result["stopped_early"].startswith("after step 6 of 12: ")
+    assert "than 2.5 at step 4" in result["stopped_early"]
+    assert f"train: stopped early {result['stopped_early']}" in capsys.readouterr().err
+
+
+def test_early_stopping_where_no_answer_can_be_walked_ends_in_words(scripted, tmp_path):
+    scripted.update(dict.fromkeys(range(0, 13, 2)))
+    result = train(run_settings(tmp_path / "run", early_stopping=2))
+    assert "no held-out answer to walk" in result["stopped_early"]
+    assert "best_checkpoint" not in result
