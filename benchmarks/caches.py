@@ -10,8 +10,9 @@ import torch
 from benchmarks.states import hidden_states
 from eagle_offline import stages
 from eagle_offline.cache import codec
-from eagle_offline.cache.arrow import ArrowShardWriter, StoredSample
+from eagle_offline.cache.arrow import ArrowShardWriter
 from eagle_offline.cache.layout import LAST_HIDDEN_STATE, FieldLayout, SampleTable, aux_field
+from eagle_offline.cache.samples import StoredSample
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.example.corpus import generate_conversations, write_conversations
 from eagle_offline.supervision import supervised_positions

@@ -16,7 +16,8 @@ import torch
 from benchmarks.caches import IDENTITY_DIGEST, write_synthetic_shard
 from benchmarks.harness import Figures, alternating_seconds
 from benchmarks.states import chat_lengths
-from eagle_offline.cache.arrow import ArrowShardReader, StoredSample, decode_fields, unpack_fields
+from eagle_offline.cache.arrow import ArrowShardReader
+from eagle_offline.cache.samples import StoredSample, decode_fields, unpack_fields
 from eagle_offline.cache.stored_states import StoredStates, num_bytes
 
 NAME = "read_speed"

@@ -13,7 +13,6 @@ import torch
 from benchmarks.caches import field_layouts
 from benchmarks.states import hidden_states
 from eagle_offline.cache import codec
-from eagle_offline.cache.arrow import StoredSample
 from eagle_offline.cache.companions import embeddings_bytes, head_bytes, vocab_bytes, vocab_file
 from eagle_offline.cache.layout import EMBEDDINGS_FILE, HEAD_FILE, FieldLayout
 from eagle_offline.cache.manifest import (
@@ -30,6 +29,7 @@ from eagle_offline.cache.manifest import (
     TextIdentity,
     write_manifest,
 )
+from eagle_offline.cache.samples import StoredSample
 from eagle_offline.cache.writer import write_shard
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig
 from eagle_offline.provenance import digest_bytes
@@ -147,6 +147,8 @@ def _identity(lengths: np.ndarray, shape: Shape, fields: list[FieldLayout], enco
             target_encoding="factored",
             draft_vocab_digest=None,
             shard_size=32,
+            format="arrow",
+            compressor=None,
             fields=fields,
         ),
         batch_plan=BatchPlan(

@@ -161,9 +161,9 @@ class Work:
             with torch.device(self.device):
                 rows = torch.randn(self.num_tokens, hidden_size, dtype=torch.bfloat16)
                 head = Head(torch.randn(self.setting.draft_vocab_size, hidden_size, dtype=torch.bfloat16) / 20)
-            targets = TargetRows(rows, head)
+            targets = TargetRows.of(rows, head)
         else:
-            targets = TargetRows(self._flat(batch.target_probs), None)
+            targets = TargetRows.of(self._flat(batch.target_probs), None)
         flat = (self._flat(tensor) for tensor in (batch.input_ids, batch.position_ids, batch.aux_hidden_states))
         ids, positions, aux = flat
         return ids, positions, aux, targets

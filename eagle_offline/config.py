@@ -74,12 +74,20 @@ class PrecomputeSettings(TokenizeSettings):
     aux_layer_ids: tuple[int, ...] | None = setting(
         None, "Decoder layers whose outputs are stored, 0-based; default 1, L//2-1, L-4."
     )
-    state_encoding: Literal["planes", "raw"] = setting(
-        "planes", "planes: exact, about 30% smaller; raw: values as they are."
+    state_encoding: Literal["planes", "raw", "fp8"] = setting(
+        "planes", "planes: exact bf16, about 30% smaller; raw: values as they are; fp8: half of raw, lossy."
     )
-    target_encoding: Literal["factored", "dense"] = setting(
-        "factored", "factored: final states plus the head once; dense: the projected probabilities."
+    mantissa_bits: int | None = setting(
+        None, "Of planes: round bf16's 7 mantissa bits to this many, such as 5, 4 or 3; default exact.", ge=1, le=6
     )
+    target_encoding: Literal["factored", "dense", "topk"] = setting(
+        "factored",
+        "factored: final states plus the head once; dense: the projected probabilities; topk: the largest of them, "
+        "which costs acceptance under sampling.",
+    )
+    top_k: int | None = setting(None, "Of topk: how many probabilities are kept a position; default 64.", gt=0)
+    format: Literal["arrow", "zarr"] = setting("arrow", "What shards are: Arrow files, or Zarr v3 groups.")
+    compressor: Literal["zstd", "blosc"] | None = setting(None, "Of zarr: what compresses its chunks; default zstd.")
     shuffle_seed: int | None = setting(None, "Shuffle the samples over the shards by this seed.")
     device: str | None = setting(None, "Torch device; default cuda if there is one, else cpu.")
     on_nonfinite: Literal["stop", "drop"] = setting(

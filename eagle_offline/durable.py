@@ -144,6 +144,25 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a directory with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def put_in_place(sibling: Path, path: Path) -> None:
+    """Rename a file or a directory to ``path``; what stands there goes, and whoever has it open keeps it."""
+    if not (path.is_dir() and sibling.is_dir()):
+        os.replace(sibling, path)
+        return
+    former = temporary_sibling(path)
+    os.rename(path, former)
+    os.rename(sibling, path)
+    remove(former)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Durably replace ``path`` by ``content``."""
     with replacing(path) as sibling:

@@ -60,10 +60,22 @@ class Head:
         Args:
             hidden: ``[N, H]`` final hidden states as stored. Memory stays at ``N × HEAD_CHUNK_ROWS`` values.
         """
+        argmax, log_normalizer, _ = self.statistics(hidden, torch.zeros(self.vocab_size, dtype=torch.bool))
+        return argmax, log_normalizer
+
+    def statistics(self, hidden: Tensor, selected_token_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `argmax_and_log_normalizer`, and float32 ``[N]`` the probability inside a vocabulary.
+
+        Args:
+            hidden: as there.
+            selected_token_mask: bool ``[V]``, true inside.
+        """
         count = hidden.shape[0]
         best = torch.full((count,), -torch.inf, device=hidden.device)
         argmax = torch.zeros(count, dtype=torch.int32, device=hidden.device)
         log_normalizer = torch.full((count,), -torch.inf, device=hidden.device)
+        inside = torch.full_like(log_normalizer, -torch.inf)
+        selected = selected_token_mask.to(hidden.device)
         for start in range(0, self.vocab_size, HEAD_CHUNK_ROWS):
             logits = self._chunk_logits(hidden, start)
             top = logits.max(dim=-1)
@@ -71,7 +83,9 @@ class Head:
             best = torch.where(better, top.values, best)
             argmax = torch.where(better, (_lowest_argmax(logits, top.values) + start).to(torch.int32), argmax)
             log_normalizer = torch.logaddexp(log_normalizer, logits.logsumexp(dim=-1))
-        return argmax, log_normalizer
+            chosen = selected[start : start + HEAD_CHUNK_ROWS]
+            inside = torch.logaddexp(inside, logits[:, chosen].logsumexp(dim=-1))
+        return argmax, log_normalizer, (inside - log_normalizer).exp()
 
     def _chunk_logits(self, hidden: Tensor, start: int) -> Tensor:
         weight = self.weight[start : start + HEAD_CHUNK_ROWS]

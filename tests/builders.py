@@ -265,7 +265,9 @@ def leftovers(directory: Path) -> list[str]:
         name, place = path.name, path.relative_to(directory)
         if path.is_dir() and len(place.parts) == 1 and name in folders:
             continue
-        if len(place.parts) == 1 and (name in own or name in committed or name.startswith(("commit-", "status-"))):
+        if len(place.parts) == 1 and (
+            name in own or name in committed or name.startswith(("commit-", "status-", "index-"))
+        ):
             continue
         if len(place.parts) == 2 and place.parts[0] in ("target", "vocab") and not name.startswith("."):
             continue

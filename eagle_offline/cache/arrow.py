@@ -5,11 +5,8 @@ from __future__ import annotations
 import io
 import json
 import threading
-import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +14,9 @@ import xxhash
 
 from eagle_offline.cache import codec
 from eagle_offline.cache.layout import FORMAT_NAME, FORMAT_VERSION, MERGED_BATCH_BYTES, FieldLayout, SampleTable
+from eagle_offline.cache.samples import StoredSample, TableBuilder
+from eagle_offline.durable import fsync_file
 from eagle_offline.errors import DataError, one_line
-
-if TYPE_CHECKING:
-    import torch
-
-# Samples are read-only views of a memory map, and nothing here writes to them.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
 
 _ID_COLUMNS = (
     pa.field("sample_id", pa.int64(), nullable=False),
@@ -32,38 +25,6 @@ _ID_COLUMNS = (
     pa.field("target_argmax", pa.list_(pa.field("item", pa.int32(), nullable=False)), nullable=False),
     pa.field("target_log_normalizer", pa.list_(pa.field("item", pa.float32(), nullable=False)), nullable=False),
 )
-
-
-@dataclass(frozen=True)
-class StoredSample:
-    """One sample as it is written: tokens and supervision in the clear, float fields encoded.
-
-    Attributes:
-        sample_id: row of the token table.
-        input_ids: int32 ``[T]``; loss_mask: uint8 ``[T]``.
-        target_argmax: int32 ``[P]``; target_log_normalizer: float32 ``[P]``, at supervised positions.
-        columns: encoded bytes of every float field's columns, in layout order.
-    """
-
-    sample_id: int
-    input_ids: np.ndarray
-    loss_mask: np.ndarray
-    target_argmax: np.ndarray
-    target_log_normalizer: np.ndarray
-    columns: Sequence[bytes | memoryview]
-
-    def digest(self) -> str:
-        """Return xxh3_64 over the values in column order, each after its size in bytes (uint64, little-endian)."""
-        digest = xxhash.xxh3_64()
-        plain = (self.input_ids, self.loss_mask, self.target_argmax, self.target_log_normalizer)
-        for part in (self.sample_id.to_bytes(8, "little"), *(array.tobytes() for array in plain), *self.columns):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-        return digest.hexdigest()
-
-    @property
-    def num_bytes(self) -> int:
-        return self.input_ids.nbytes + self.loss_mask.nbytes + sum(len(column) for column in self.columns)
 
 
 def shard_schema(fields: Sequence[FieldLayout], shard: int, identity_digest: str) -> pa.Schema:
@@ -119,6 +80,7 @@ class ArrowShardWriter:
     """
 
     def __init__(self, path: Path, fields: Sequence[FieldLayout], shard: int, identity_digest: str):
+        self._path = path
         self._schema = shard_schema(fields, shard, identity_digest)
         self._file = _DigestingFile(path)
         self._sink = pa.PythonFile(self._file, mode="w")
@@ -126,22 +88,12 @@ class ArrowShardWriter:
         self._pending: list[StoredSample] = []
         self._pending_bytes = 0
         self._num_batches = 0
-        self._table: dict[str, list] = {name: [] for name in SampleTable.model_fields}
+        self._table = TableBuilder()
         self.column_bytes = dict.fromkeys(self._schema.names, 0)
 
     def append(self, sample: StoredSample) -> None:
         """Add a sample; it reaches the file with its record batch."""
-        supervised = int(sample.loss_mask.sum())
-        for name, value in (
-            ("sample_id", sample.sample_id),
-            ("num_tokens", len(sample.input_ids)),
-            ("num_supervised", supervised),
-            ("num_target_positions", len(sample.target_argmax)),
-            ("record_batch", self._num_batches),
-            ("row", len(self._pending)),
-            ("digest", sample.digest()),
-        ):
-            self._table[name].append(value)
+        self._table.add(sample, self._num_batches, len(self._pending))
         self._pending.append(sample)
         self._pending_bytes += sample.num_bytes
         if self._pending_bytes >= MERGED_BATCH_BYTES:
@@ -169,12 +121,13 @@ class ArrowShardWriter:
         self._pending, self._pending_bytes, self._num_batches = [], 0, self._num_batches + 1
 
     def close(self) -> tuple[SampleTable, str, int]:
-        """Finish the file and return its sample table, digest and size; the caller makes it durable."""
+        """Finish the file durably and return its sample table, digest and size."""
         self._write_batch()
         self._writer.close()
         self._sink.close()
         self._file.close()
-        return SampleTable(**self._table), self._file.digest.hexdigest(), self._file.num_bytes
+        fsync_file(self._path)
+        return self._table.build(), self._file.digest.hexdigest(), self._file.num_bytes
 
     def abort(self) -> None:
         """Close the file without finishing it."""
@@ -268,42 +221,3 @@ def _binary_value(column: pa.LargeBinaryArray, row: int) -> memoryview:
     if not 0 <= start <= end <= size:
         raise DataError("a binary column's offsets point outside its values")
     return memoryview(b"") if content is None else memoryview(content)[start:end]
-
-
-def unpack_fields(
-    fields: Sequence[FieldLayout], sample: StoredSample, names: Iterable[str] | None = None
-) -> dict[str, list[np.ndarray]]:
-    """Return the unpacked columns of float fields, each uint8 ``[rows, …]``.
-
-    Args:
-        fields: the sample's, in layout order.
-        sample: as read.
-        names: of the fields to unpack; nothing is done for the others. All when None.
-
-    Raises:
-        DataError: a column does not hold the rows that the sample's tokens call for.
-    """
-    num_rows = {"tokens": len(sample.input_ids), "supervised_positions": len(sample.target_argmax)}
-    chosen = {field.name for field in fields} if names is None else set(names)
-    unpacked, next_column = {}, 0
-    for field in fields:
-        count = len(codec.column_names(field))
-        if field.name in chosen:
-            stored = [memoryview(column) for column in sample.columns[next_column : next_column + count]]
-            unpacked[field.name] = codec.unpack(field, stored, num_rows[field.rows])
-        next_column += count
-    return unpacked
-
-
-def decode_fields(fields: Sequence[FieldLayout], sample: StoredSample) -> dict[str, torch.Tensor]:
-    """Return every float field's values ``[rows, width]`` on the CPU.
-
-    Raises:
-        DataError: a column does not hold the rows that the sample's tokens call for.
-    """
-    import torch
-
-    unpacked = unpack_fields(fields, sample)
-    return {
-        field.name: codec.merge(field, [torch.from_numpy(plane) for plane in unpacked[field.name]]) for field in fields
-    }

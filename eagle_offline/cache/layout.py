@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FORMAT_NAME: Final = "eagle-offline-cache"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 
 MANIFEST_FILE = "manifest.json"
 HEAD_FILE = "head.safetensors"
@@ -23,6 +23,9 @@ TARGET_PROBS = "target_probs"
 
 # Small samples share a record batch up to about this size: a batch's own header is about a kilobyte.
 MERGED_BATCH_BYTES = 1 << 20
+
+# Of bf16.
+EXACT_MANTISSA_BITS: Final = 7
 
 STORED_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -45,9 +48,9 @@ def shard_of_record(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def shard_file(shard: int, digest: str) -> str:
-    """Return the name of a shard with the given content digest."""
-    return f"shard-{shard:06d}-{digest}.arrow"
+def shard_file(shard: int, digest: str, format_: str) -> str:
+    """Return the name of a shard with the given content digest, a file (``arrow``) or a directory (``zarr``)."""
+    return f"shard-{shard:06d}-{digest}.{format_}"
 
 
 class Frozen(BaseModel):
@@ -57,6 +60,8 @@ class Frozen(BaseModel):
 
 
 # What fits every place it goes to: Arrow's record batch numbers are int32.
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+ShardFile = Annotated[str, Field(pattern=r"^shard-\d{6,}-[0-9a-f]{32}\.(arrow|zarr)$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
@@ -67,15 +72,31 @@ class FieldLayout(Frozen):
         name: column name, or the stem of its columns.
         width: values a row.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
-        encoding: ``planes`` or ``raw``.
+        encoding: see `eagle_offline.cache.encodings`.
         rows: one row a token, or one a supervised position (``m_t ∨ m_{t+1}``).
+        mantissa_bits: of ``planes``, what is kept of bf16's 7.
+        top_k: of ``topk``, how many probabilities are kept.
+        losses: what the values had lost before they came into this encoding, in order.
     """
 
     name: str = Field(pattern=r"^[a-z_0-9]+$")
     width: int = Field(gt=0, le=1 << 24)
     dtype: Literal["bf16", "fp16", "fp32"]
-    encoding: Literal["planes", "raw"]
+    encoding: Literal["planes", "raw", "fp8", "topk"]
     rows: Literal["tokens", "supervised_positions"]
+    mantissa_bits: int = Field(EXACT_MANTISSA_BITS, ge=1, le=EXACT_MANTISSA_BITS)
+    top_k: int | None = Field(None, gt=0)
+    losses: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_encoding(self) -> FieldLayout:
+        if self.encoding == "planes" and self.dtype != "bf16":
+            raise ValueError(f"planes hold bf16, not {self.dtype}")
+        if self.encoding != "planes" and self.mantissa_bits != EXACT_MANTISSA_BITS:
+            raise ValueError(f"{self.encoding} has no mantissa bits to choose")
+        if (self.encoding == "topk") != (self.top_k is not None) or (self.top_k or 0) > self.width:
+            raise ValueError(f"top_k {self.top_k} does not fit {self.encoding} of width {self.width}")
+        return self
 
     @property
     def row_bytes(self) -> int:
@@ -96,7 +117,9 @@ class SampleTable(Frozen):
     Attributes:
         sample_id: row of the token table.
         num_tokens, num_supervised, num_target_positions: ``T``, ``Σ m_t`` and stored supervision positions.
-        record_batch, row: where in the Arrow file.
+        num_in_vocab, vocab_mass: of the supervised positions, how many have their argmax in the cache's default draft
+            vocabulary, and how much of the target's probability lies inside it, summed.
+        record_batch, row: where in the Arrow file; in Zarr 0 and the place along the first axis.
         digest: xxh3_64 of the sample's stored values, hexadecimal.
     """
 
@@ -104,12 +127,21 @@ class SampleTable(Frozen):
     num_tokens: list[Count]
     num_supervised: list[Count]
     num_target_positions: list[Count]
+    num_in_vocab: list[Count]
+    vocab_mass: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     record_batch: list[Count]
     row: list[Count]
-    digest: list[str]
+    digest: list[Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]]
 
     def __len__(self) -> int:
         return len(self.sample_id)
+
+
+class EncodingError(Frozen):
+    """How far a lossy field is from what was encoded: ``Σ (x̂ − x)²`` and ``Σ x²`` over the shard."""
+
+    squared_error: float = Field(ge=0, allow_inf_nan=False)
+    squared_values: float = Field(ge=0, allow_inf_nan=False)
 
 
 class CommitRecord(Frozen):
@@ -117,21 +149,23 @@ class CommitRecord(Frozen):
 
     Attributes:
         identity_digest: of the manifest that the shard was made under.
-        file, file_bytes, digest: the shard's name, size and xxh3_128.
+        file, file_bytes, digest: the shard's name, size and xxh3_128; of a directory, see `schemas/README.md`.
         column_bytes: stored bytes a column.
+        encoding_errors: of every lossy field, by name.
         finite: every stored value was checked to be finite.
         environment: where it was made; same bytes are promised in the same environment only.
     """
 
     format: Literal["eagle-offline-cache"]
-    version: Literal[1]
+    version: Literal[2]
     identity_digest: str
     shard: int = Field(ge=0)
-    file: str = Field(pattern=r"^shard-\d{6,}-[0-9a-f]{32}\.arrow$")
+    file: ShardFile
     file_bytes: int = Field(ge=0)
-    digest: str = Field(pattern=r"^[0-9a-f]{32}$")
+    digest: Digest
     samples: SampleTable
     lost: list[LostSample]
     column_bytes: dict[str, int]
+    encoding_errors: dict[str, EncodingError]
     finite: Literal[True]
     environment: dict[str, Any]

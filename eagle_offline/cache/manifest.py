@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from eagle_offline.cache.choices import Compressor, ShardFormat, StateEncoding, TargetEncoding
 from eagle_offline.cache.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE, FieldLayout, Frozen
 from eagle_offline.durable import create_exclusively
 from eagle_offline.errors import DataError, MismatchError
@@ -80,28 +81,40 @@ class CaptureIdentity(Frozen):
 
     Attributes:
         aux_layer_ids: 0-based decoder layers, strictly increasing.
-        draft_vocab_digest: under ``dense`` only: the probabilities are over this vocabulary.
+        state_encoding, target_encoding: as asked for; ``fields`` say how each column is stored.
+        draft_vocab_digest: under ``dense`` and ``topk`` only: the probabilities are over this vocabulary.
+        format: of the shards; compressor: what Zarr compresses with, None for Arrow.
         fields: the float columns.
     """
 
     aux_layer_ids: list[int]
     dtype: str
     compute_dtype: str
-    state_encoding: str
-    target_encoding: Literal["factored", "dense"]
+    state_encoding: StateEncoding
+    target_encoding: TargetEncoding
     draft_vocab_digest: str | None
     shard_size: int = Field(gt=0)
+    format: ShardFormat
+    compressor: Compressor | None
     fields: list[FieldLayout] = Field(min_length=1)
 
 
+class Conversion(Frozen):
+    """The cache that this one was made from, and which of its samples: ``first:last`` in cache order."""
+
+    identity_digest: str
+    samples: str | None
+
+
 class Identity(Frozen):
-    """Everything that shapes the cache's bytes."""
+    """Everything that shapes the cache's bytes; ``converted_from`` when it was made from another cache."""
 
     target: TargetIdentity
     text: TextIdentity
     dataset: DatasetIdentity
     capture: CaptureIdentity
     batch_plan: BatchPlan
+    converted_from: Conversion | None = None
 
     @model_validator(mode="after")
     def _check_num_shards(self) -> Identity:
@@ -117,6 +130,11 @@ class Identity(Frozen):
     @property
     def num_shards(self) -> int:
         return -(-self.dataset.num_samples // self.capture.shard_size)
+
+    def shard_samples(self, shard: int) -> int:
+        """Return how many samples a shard accounts for, those lost in capture included."""
+        size = self.capture.shard_size
+        return min(size, self.dataset.num_samples - shard * size)
 
 
 class DraftVocabulary(Frozen):
@@ -157,7 +175,7 @@ class Manifest(Frozen):
     """
 
     format: Literal["eagle-offline-cache"] = FORMAT_NAME
-    version: Literal[1] = FORMAT_VERSION
+    version: Literal[2] = FORMAT_VERSION
     identity: Identity
     defaults: Defaults
     files: dict[Annotated[str, Field(pattern=_INSIDE)], CompanionFile]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -11,17 +12,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from eagle_offline.cache.arrow import ArrowShardReader, StoredSample, decode_fields
+from eagle_offline.cache.formats import ShardReader, shard_reader
+from eagle_offline.cache.index import SampleIndex, index_of, read_index
 from eagle_offline.cache.layout import (
     EMBEDDINGS_FILE,
     HEAD_FILE,
     LAST_HIDDEN_STATE,
     TARGET_PROBS,
-    CommitRecord,
     aux_field,
+    shard_of_record,
 )
 from eagle_offline.cache.manifest import Manifest, read_manifest
-from eagle_offline.cache.writer import committed_shards, read_record
+from eagle_offline.cache.samples import StoredSample, decode_fields
+from eagle_offline.cache.writer import read_record
 from eagle_offline.errors import DataError
 from eagle_offline.provenance import digest_file
 
@@ -41,7 +44,7 @@ class TargetSupervision:
     Attributes:
         positions: int64 ``[P]``, ascending.
         last_hidden_state: ``[P, H]`` as stored, under ``factored``; else None.
-        target_probs: ``[P, Vd]`` as stored, under ``dense``; else None.
+        target_probs: ``[P, Vd]`` as stored, under ``dense`` and ``topk``; else None.
         target_argmax: int64 ``[P]``, over the full vocabulary.
         target_log_normalizer: float32 ``[P]``, over the full vocabulary.
     """
@@ -79,47 +82,39 @@ class Cache:
     Attributes:
         path: its directory.
         manifest: what it is.
-        records: the commit records of the shards read from, by shard number.
+        index: where every sample is, and what is known of it without reading it.
         missing_shards: shards that the manifest calls for and that are not committed.
-        shards, lengths: int64 ``[N]``, each sample's shard number and token count.
+        shards, lengths, sample_ids, num_target_positions: int64 ``[N]``, of each sample.
     """
 
     def __init__(self, path: Path, *, verify: bool = True):
         self.path = path
         self.manifest: Manifest = read_manifest(path)
-        identity = self.manifest.identity
-        present = committed_shards(path)
-        self.records: dict[int, CommitRecord] = {}
-        for shard in present:
-            record = read_record(path, shard)
-            if record.identity_digest != identity.digest:
-                raise DataError(
-                    f"{path}: shard {shard} was made under another manifest; "
-                    f"delete {path / f'commit-{shard:06d}.json'} and run precompute --resume"
-                )
-            self.records[shard] = record
-        self.missing_shards = sorted(set(range(identity.num_shards)) - set(present))
-        self._build_index()
+        self.index = self._read_index()
+        present = {entry.shard: entry for entry in self.index.entries}
+        self._entries = present
+        self.missing_shards = [shard for shard in range(self.manifest.identity.num_shards) if shard not in present]
+        self.shards = self.index.shards
+        self.lengths = self.index.num_tokens.astype(np.int64)
+        self.sample_ids = self.index.sample_id.astype(np.int64)
+        self.num_target_positions = self.index.num_target_positions.astype(np.int64)
         self._verify = verify
         self._touched = np.zeros(len(self), bool)
-        self._open: OrderedDict[int, ArrowShardReader] = OrderedDict()
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._lock = threading.Lock()
 
-    def _build_index(self) -> None:
-        tables = [record.samples for record in self.records.values()]
-        counts = [len(table) for table in tables]
-
-        def column(name: str) -> np.ndarray:
-            return np.array([value for table in tables for value in getattr(table, name)], np.int64)
-
-        self.shards = np.repeat(np.array(list(self.records), np.int64), counts)
-        self.sample_ids = column("sample_id")
-        self.lengths = column("num_tokens")
-        self.num_supervised = column("num_supervised")
-        self.num_target_positions = column("num_target_positions")
-        self._record_batches = column("record_batch")
-        self._rows = column("row")
-        self._digests = [digest for table in tables for digest in table.digest]
+    def _read_index(self) -> SampleIndex:
+        names = {entry.name for entry in os.scandir(self.path)}
+        committed = sorted(shard for name in names if (shard := shard_of_record(name)) is not None)
+        identity_digest = self.manifest.identity.digest
+        index = read_index(self.path, names, committed, identity_digest)
+        if index is not None:
+            return index
+        records = [read_record(self.path, shard) for shard in committed]
+        for record in records:
+            if record.identity_digest != identity_digest:
+                raise DataError(f"{self.path}: shard {record.shard} was made under another manifest; {self._way_out()}")
+        return index_of(records)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -162,7 +157,7 @@ class Cache:
         shard = int(self.shards[index])
         reader = self._shard(shard)
         try:
-            stored = reader.read(int(self._record_batches[index]), int(self._rows[index]))
+            stored = reader.read(int(self.index.record_batch[index]), int(self.index.row[index]))
         except DataError as error:
             raise self._damage(index, f"cannot be read ({error})") from error
         sizes = (stored.sample_id, len(stored.input_ids), len(stored.loss_mask), len(stored.target_argmax))
@@ -170,9 +165,9 @@ class Cache:
         if sizes != (self.sample_ids[index], length, length, self.num_target_positions[index]):
             raise self._damage(index, "is not the sample that its record names")
         if self._verify and not self._touched[index]:
-            if int(stored.loss_mask.sum()) != self.num_supervised[index]:
+            if int(stored.loss_mask.sum()) != self.index.num_supervised[index]:
                 raise self._damage(index, "has another number of supervised tokens than its record says")
-            if stored.digest() != self._digests[index]:
+            if int(stored.digest(), 16) != self.index.digest[index]:
                 raise self._damage(index, "does not match its digest: the file was damaged after it was written")
             self._touched[index] = True
         if _count_positions(stored.loss_mask) != self.num_target_positions[index]:
@@ -180,13 +175,15 @@ class Cache:
         return stored
 
     def _damage(self, index: int, what: str) -> DataError:
-        shard = int(self.shards[index])
-        return DataError(
-            f"{self.path / self.records[shard].file}: sample {self.sample_ids[index]} {what}; {self._way_out(shard)}"
-        )
+        file = self.shard_file(int(self.shards[index]))
+        return DataError(f"{self.path / file}: sample {self.sample_ids[index]} {what}; {self._way_out()}")
 
-    def _way_out(self, shard: int) -> str:
-        return f"delete {self.path / f'commit-{shard:06d}.json'} and run precompute --resume to make the shard again"
+    def shard_file(self, shard: int) -> str:
+        """Return the name of a shard."""
+        return self._entries[shard].file
+
+    def _way_out(self) -> str:
+        return f"eagle-offline repair {self.path} sets it aside and says how it is made again"
 
     def _check_companion(self, name: str) -> None:
         """Refuse a file beside the shards that is not what the manifest records; checked once, when first used."""
@@ -194,17 +191,16 @@ class Cache:
         if not self._verify or recorded is None or not path.is_file():
             return
         if path.stat().st_size != recorded.num_bytes or digest_file(path) != recorded.digest:
-            raise DataError(f"{path}: differs from what the manifest records; delete it and run precompute --resume")
+            raise DataError(f"{path}: differs from what the manifest records; {self._way_out()}")
 
-    def _shard(self, shard: int) -> ArrowShardReader:
+    def _shard(self, shard: int) -> ShardReader:
         with self._lock:  # training and validation read from threads of their own
             if shard not in self._open:
-                identity = self.manifest.identity
-                path = self.path / self.records[shard].file
                 try:
-                    self._open[shard] = ArrowShardReader(path, identity.capture.fields, shard, identity.digest)
+                    path = self.path / self.shard_file(shard)
+                    self._open[shard] = shard_reader(path, self.manifest.identity, shard)
                 except DataError as error:
-                    raise DataError(f"{error}; {self._way_out(shard)}") from error
+                    raise DataError(f"{error}; {self._way_out()}") from error
             self._open.move_to_end(shard)
             if len(self._open) > _MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)

@@ -65,17 +65,26 @@ class StoredStates:
                 place.copy_(plane[index])
         return chosen
 
-    def merge(self) -> torch.Tensor:
-        """Return the values ``[n, Σ width]`` on the content's device; of one raw field, a view."""
+    def between(self, start: int, stop: int) -> torch.Tensor:
+        """Return the values ``[m, Σ width]`` of rows ``start`` to ``stop``, put together now."""
         import torch
 
-        values = [codec.merge(field, planes) for field, planes in self.planes()]
+        values = [codec.merge(field, [plane[start:stop] for plane in planes]) for field, planes in self.planes()]
         return values[0] if len(values) == 1 else torch.cat(values, dim=-1)
+
+    def merge(self) -> torch.Tensor:
+        """Return the values ``[n, Σ width]`` on the content's device; of one raw field, a view."""
+        return self.between(0, self.num_rows)
 
 
 def num_bytes(fields: Sequence[FieldLayout], num_rows: int) -> int:
     """Return the size of the content of so many rows: each plane begins at a multiple of 64."""
     return _bounds(fields, num_rows)[-1]
+
+
+def merges_ahead(fields: Sequence[FieldLayout]) -> bool:
+    """Say whether values may be merged long before they are used: not if they are far larger than what is stored."""
+    return all(field.encoding != "topk" for field in fields)
 
 
 def merged_layout(fields: Sequence[FieldLayout]) -> FieldLayout:
@@ -87,7 +96,7 @@ def merged_layout(fields: Sequence[FieldLayout]) -> FieldLayout:
     if len({field.dtype for field in fields}) != 1:
         raise ValueError(f"fields of {sorted({field.dtype for field in fields})} do not merge into one")
     width = sum(field.width for field in fields)
-    return fields[0].model_copy(update={"name": "merged", "width": width, "encoding": "raw"})
+    return FieldLayout(name="merged", width=width, dtype=fields[0].dtype, encoding="raw", rows=fields[0].rows)
 
 
 def merge_rows(

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from eagle_offline.cache.arrow import ArrowShardWriter, StoredSample
+from eagle_offline.cache.formats import ShardWriter, shard_writer
+from eagle_offline.cache.index import index_of, read_index, write_index
 from eagle_offline.cache.layout import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -22,11 +23,13 @@ from eagle_offline.cache.layout import (
     shard_of_record,
 )
 from eagle_offline.cache.manifest import SEAL, Identity, check_seal, first_problem, read_json_object, sealed
+from eagle_offline.cache.samples import EncodingErrors, StoredSample
 from eagle_offline.durable import (
     create_exclusively,
     explained_os_errors,
     fsync_directory,
-    fsync_file,
+    put_in_place,
+    remove,
     temporary_sibling,
 )
 from eagle_offline.errors import DataError
@@ -63,9 +66,9 @@ def read_record(directory: Path, shard: int) -> CommitRecord:
 
 
 @contextmanager
-def _shard_writer(path: Path, shard: int, identity: Identity) -> Iterator[ArrowShardWriter]:
+def _shard_writer(path: Path, shard: int, identity: Identity) -> Iterator[ShardWriter]:
     try:
-        writer = ArrowShardWriter(path, identity.capture.fields, shard, identity.digest)
+        writer = shard_writer(path, identity, shard)
         try:
             yield writer
         except BaseException:
@@ -74,7 +77,7 @@ def _shard_writer(path: Path, shard: int, identity: Identity) -> Iterator[ArrowS
                 writer.abort()
             raise
     except BaseException:
-        path.unlink(missing_ok=True)
+        remove(path)
         raise
 
 
@@ -84,16 +87,20 @@ def write_shard(
     shard: int,
     samples: Iterable[StoredSample | LostSample],
     environment: dict[str, Any],
+    errors: EncodingErrors | None = None,
 ) -> CommitRecord:
     """Write and commit one shard; the record that stands afterwards is returned, this call's or another writer's.
 
     Samples are streamed: what is held in memory is one record batch. Whatever interrupts it leaves no record,
     so the shard does not exist. When another process committed the same shard meanwhile, this call's file goes.
 
+    Args:
+        errors: what encoding costs, complete once ``samples`` are through.
+
     Raises:
         SpaceError: the disk is full; EagleOfflineError: not permitted to write.
     """
-    sibling = temporary_sibling(directory / f"shard-{shard:06d}.arrow")
+    sibling = temporary_sibling(directory / f"shard-{shard:06d}")
     lost: list[LostSample] = []
     with explained_os_errors(directory):
         with _shard_writer(sibling, shard, identity) as writer:
@@ -103,9 +110,8 @@ def write_shard(
                 else:
                     writer.append(sample)
             table, digest, file_bytes = writer.close()
-            fsync_file(sibling)
-            final = directory / shard_file(shard, digest)
-            os.replace(sibling, final)
+            final = directory / shard_file(shard, digest, identity.capture.format)
+            put_in_place(sibling, final)
         fsync_directory(directory)
     record = CommitRecord(
         format=FORMAT_NAME,
@@ -118,6 +124,7 @@ def write_shard(
         samples=table,
         lost=lost,
         column_bytes=writer.column_bytes,
+        encoding_errors={} if errors is None else errors.record(),
         finite=True,
         environment=environment,
     )
@@ -126,5 +133,13 @@ def write_shard(
         return record
     standing = read_record(directory, shard)
     if standing.file != final.name:
-        final.unlink(missing_ok=True)
+        remove(final)
     return standing
+
+
+def ensure_index(directory: Path, identity: Identity) -> None:
+    """Write the index of a cache whose shards are all committed, unless it is there; any process may."""
+    names = os.listdir(directory)
+    committed = committed_shards(directory)
+    if len(committed) == identity.num_shards and read_index(directory, names, committed, identity.digest) is None:
+        write_index(directory, index_of(read_record(directory, shard) for shard in committed), identity.digest)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagle_offline.cache.arrow import StoredSample, unpack_fields
 from eagle_offline.cache.layout import LAST_HIDDEN_STATE, TARGET_PROBS, FieldLayout, aux_field
 from eagle_offline.cache.reader import Cache, Sample
-from eagle_offline.cache.stored_states import StoredStates, merge_rows, merged_layout, num_bytes
+from eagle_offline.cache.samples import StoredSample, unpack_fields
+from eagle_offline.cache.stored_states import StoredStates, merge_rows, merged_layout, merges_ahead, num_bytes
 from eagle_offline.data.buffers import HostBuffers
 from eagle_offline.data.collate import collate
 
@@ -116,7 +116,9 @@ class PackReader:
     def _held(self, cache: Cache) -> tuple[_Fields, _Fields]:
         """Return how a pack holds the aux states of a cache, and the target's."""
         aux, target = self._fields(cache)
-        return ((merged_layout(aux),), (merged_layout(target),)) if self._merged else (aux, target)
+        if not self._merged:
+            return aux, target
+        return (merged_layout(aux),), (merged_layout(target),) if merges_ahead(target) else target
 
 
 class _Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,21 @@ class TargetRows:
     """Stored supervision: final states with the head restricted to the draft vocabulary, or probabilities.
 
     Attributes:
-        rows: ``[P, H]`` with a head, ``[P, Vd]`` without.
+        rows: gives rows from one to before another, ``[n, H]`` with a head, ``[n, Vd]`` without.
         head: the target's, its rows the draft vocabulary; None for probabilities.
     """
 
-    rows: Tensor
+    rows: Callable[[int, int], Tensor]
     head: Head | None
+
+    @classmethod
+    def of(cls, rows: Tensor, head: Head | None) -> TargetRows:
+        """Return supervision that is there as a whole, ``[P, H]`` or ``[P, Vd]``."""
+        return cls(lambda start, stop: rows[start:stop], head)
 
     def probs(self, start: int, stop: int) -> Tensor:
         """Return the probabilities of some rows, float32 ``[n, Vd]`` (float64 for float64 rows)."""
-        rows = self.rows[start:stop]
+        rows = self.rows(start, stop)
         if self.head is not None:
             return self.head.logits(rows).softmax(dim=-1)
         return rows if rows.dtype == torch.float64 else rows.float()

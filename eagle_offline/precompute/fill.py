@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from eagle_offline.cache import codec
-from eagle_offline.cache.arrow import StoredSample
 from eagle_offline.cache.companions import embeddings_bytes, head_bytes, vocab_bytes, vocab_file
+from eagle_offline.cache.formats import frames_columns
 from eagle_offline.cache.layout import (
     EMBEDDINGS_FILE,
     HEAD_FILE,
@@ -31,7 +30,8 @@ from eagle_offline.cache.manifest import (
     refuse_drift,
     write_manifest,
 )
-from eagle_offline.cache.writer import committed_shards, read_record, write_shard
+from eagle_offline.cache.samples import EncodingErrors, StoredSample, encode_fields
+from eagle_offline.cache.writer import committed_shards, ensure_index, read_record, write_shard
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.durable import make_directory, remove_abandoned, write_bytes
 from eagle_offline.errors import DataError, EagleOfflineError, SpaceError, StoppedEarly, UsageError
@@ -116,6 +116,7 @@ def fill(plan: Plan, recorded: Manifest | None, stop: StopRequest) -> int:
     check_free_space(plan, len(missing))
     companions_there = recorded is not None and all((directory / name).is_file() for name in recorded.files)
     if not missing and companions_there:
+        ensure_index(directory, plan.identity)
         return 0
     model = load_model(plan.source, plan.device, settings.compute_dtype)
     target = HFEagle3TargetModel(model, plan.identity.capture.aux_layer_ids)
@@ -124,8 +125,9 @@ def fill(plan: Plan, recorded: Manifest | None, stop: StopRequest) -> int:
     environment = describe_environment(plan.device)
     _write_companions(plan, model, head, environment)
 
-    selected = torch.from_numpy(plan.vocab.selected_token_ids) if settings.target_encoding == "dense" else None
-    capture = Capture(target, head, DTYPES[settings.dtype], selected)
+    selected = torch.from_numpy(plan.vocab.selected_token_ids)
+    with_probs = settings.target_encoding != "factored"
+    capture = Capture(target, head, DTYPES[settings.dtype], selected, with_probs=with_probs)
     order = plan.sample_order()
     size = settings.shard_size
     rows = {shard: order[shard * size : (shard + 1) * size] for shard in missing}
@@ -137,9 +139,12 @@ def fill(plan: Plan, recorded: Manifest | None, stop: StopRequest) -> int:
         for shard, ids in rows.items():
             samples = [_token_sample(plan.table, int(row)) for row in ids]
             tracker.begin_shard(samples)
-            stored = (tracker.track(_store(plan, captured)) for captured in capture.run(samples, settings.batch_size))
-            record = write_shard(directory, plan.identity, shard, stored, environment)
+            errors = EncodingErrors()
+            captured = capture.run(samples, settings.batch_size)
+            stored = (tracker.track(_store(plan, sample, errors)) for sample in captured)
+            record = write_shard(directory, plan.identity, shard, stored, environment, errors)
             tracker.end_shard(record.file_bytes)
+    ensure_index(directory, plan.identity)
     return len(missing)
 
 
@@ -177,7 +182,7 @@ def _token_sample(table: TokenTable, row: int) -> TokenSample:
     return TokenSample(row, tokens.input_ids, tokens.loss_mask)
 
 
-def _store(plan: Plan, captured: CapturedSample) -> StoredSample | LostSample:
+def _store(plan: Plan, captured: CapturedSample, errors: EncodingErrors) -> StoredSample | LostSample:
     """Return a captured sample encoded, or what is recorded in its stead.
 
     Raises:
@@ -195,16 +200,18 @@ def _store(plan: Plan, captured: CapturedSample) -> StoredSample | LostSample:
             )
         return LostSample(sample_id=tokens.sample_id, reason="non-finite states")
     target = captured.last_hidden_state if captured.target_probs is None else captured.target_probs
-    columns: list[bytes | memoryview] = []
-    for field, values in zip(plan.identity.capture.fields, [*captured.aux_hidden_states, target], strict=True):
-        columns.extend(codec.encode(field, values))
+    capture = plan.identity.capture
+    framed = frames_columns(capture.format)
     return StoredSample(
         sample_id=tokens.sample_id,
         input_ids=tokens.input_ids,
         loss_mask=tokens.loss_mask,
         target_argmax=captured.target_argmax,
         target_log_normalizer=captured.target_log_normalizer,
-        columns=columns,
+        columns=encode_fields(capture.fields, [*captured.aux_hidden_states, target], errors, framed=framed),
+        framed=framed,
+        num_in_vocab=captured.num_in_vocab,
+        vocab_mass=captured.vocab_mass,
     )
 
 

@@ -10,15 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from eagle_offline.cache import codec
-from eagle_offline.cache.layout import (
-    LAST_HIDDEN_STATE,
-    MANIFEST_FILE,
-    TARGET_PROBS,
-    TOKENS_DIRECTORY,
-    FieldLayout,
-    aux_field,
-)
+from eagle_offline.cache.choices import EncodingChoice
+from eagle_offline.cache.codec import estimated_row_bytes
+from eagle_offline.cache.layout import MANIFEST_FILE, TOKENS_DIRECTORY
 from eagle_offline.cache.manifest import (
     BatchPlan,
     CaptureIdentity,
@@ -50,9 +44,6 @@ from eagle_offline.text.templates import template_digest, tokenizer_digest
 from eagle_offline.text.token_table import SourceRecord, TokenTable
 from eagle_offline.vocab import DraftVocab, choose_draft_vocab, resolve_size
 
-# Share of the raw size that the exponent and mantissa planes take, measured; used for the free-space check only.
-_PLANES_RATIO = 0.72
-
 # Whatever else stands in an output directory belongs to somebody else.
 _OWN_ENTRIES = {TOKENS_DIRECTORY, "status.json", "config.json"}
 
@@ -82,9 +73,8 @@ class Plan:
 
     def estimated_bytes(self) -> int:
         """Return about how many bytes all shards take."""
-        ratio = _PLANES_RATIO if self.settings.state_encoding == "planes" else 1.0
         rows = {"tokens": self.table.meta.num_tokens, "supervised_positions": self.table.meta.num_supervised}
-        return int(sum(field.row_bytes * rows[field.rows] * ratio for field in self.identity.capture.fields))
+        return int(sum(estimated_row_bytes(field) * rows[field.rows] for field in self.identity.capture.fields))
 
     def sample_order(self) -> np.ndarray:
         """Return int64 ``[N]``: the token-table row of each sample in cache order."""
@@ -131,7 +121,7 @@ def check_settings(settings: PrecomputeSettings) -> None:
     _, config = _target(settings)
     text_config = config.get_text_config()
     device_kind = torch.device(resolve_device(settings.device)).type
-    codec.check_encoding(settings.state_encoding, settings.dtype)
+    encoding_choice(settings)
     resolve_size(settings.draft_vocab_size, text_config.vocab_size)
     _capture_identity(settings, text_config, vocab_digest="", device_kind=device_kind)
 
@@ -257,16 +247,8 @@ def _capture_identity(
         else validate_aux_layer_ids(settings.aux_layer_ids, layers)
     )
 
-    def field(name: str, width: int, rows: Any) -> FieldLayout:
-        return FieldLayout(name=name, width=width, dtype=settings.dtype, encoding=settings.state_encoding, rows=rows)
-
-    fields = [field(aux_field(layer_id), config.hidden_size, "tokens") for layer_id in ids]
-    dense = settings.target_encoding == "dense"
-    fields.append(
-        field(TARGET_PROBS, resolve_size(settings.draft_vocab_size, config.vocab_size), "supervised_positions")
-        if dense
-        else field(LAST_HIDDEN_STATE, config.hidden_size, "supervised_positions")
-    )
+    choice = encoding_choice(settings)
+    draft_vocab_size = resolve_size(settings.draft_vocab_size, config.vocab_size)
     own_dtype = "fp32" if device_kind == "cpu" else "checkpoint"
     return CaptureIdentity(
         aux_layer_ids=ids,
@@ -274,9 +256,28 @@ def _capture_identity(
         compute_dtype=settings.compute_dtype or own_dtype,
         state_encoding=settings.state_encoding,
         target_encoding=settings.target_encoding,
-        draft_vocab_digest=vocab_digest if dense else None,
+        draft_vocab_digest=None if settings.target_encoding == "factored" else vocab_digest,
         shard_size=settings.shard_size,
-        fields=fields,
+        format=settings.format,
+        compressor=choice.zarr_compressor,
+        fields=choice.fields(ids, config.hidden_size, draft_vocab_size),
+    )
+
+
+def encoding_choice(settings: PrecomputeSettings) -> EncodingChoice:
+    """Return how states and distributions are to be stored.
+
+    Raises:
+        UsageError: choices that exclude one another.
+    """
+    return EncodingChoice(
+        dtype=settings.dtype,
+        state_encoding=settings.state_encoding,
+        mantissa_bits=settings.mantissa_bits,
+        target_encoding=settings.target_encoding,
+        top_k=settings.top_k,
+        format=settings.format,
+        compressor=settings.compressor,
     )
 
 

@@ -37,8 +37,10 @@ class CapturedSample:
         tokens: the sample.
         aux_hidden_states: one ``[T, H]`` a layer.
         last_hidden_state: ``[P, H]`` at supervised positions.
-        target_probs: ``[P, Vd]`` at supervised positions when they were asked for, else None.
+        target_probs: float32 ``[P, Vd]`` at supervised positions when they were asked for, else None.
         target_argmax: int32 ``[P]``; target_log_normalizer: float32 ``[P]``.
+        num_in_vocab: supervised tokens whose position has its argmax in the draft vocabulary; vocab_mass: the target's
+            probability inside the draft vocabulary, summed over positions with ``m_t``.
         finite: whether every value above is.
     """
 
@@ -48,6 +50,8 @@ class CapturedSample:
     target_probs: Tensor | None
     target_argmax: np.ndarray
     target_log_normalizer: np.ndarray
+    num_in_vocab: int
+    vocab_mass: float
     finite: bool
 
 
@@ -69,14 +73,23 @@ class Capture:
         target: the frozen target.
         head: its head in the stored dtype, on the target's device.
         dtype: of stored states.
-        selected_token_ids: int64 ``[Vd]`` to project to, when probabilities are to be stored.
+        selected_token_ids: int64 ``[Vd]``, the draft vocabulary.
+        with_probs: probabilities over it are to be stored.
     """
 
     def __init__(
-        self, target: HFEagle3TargetModel, head: Head, dtype: torch.dtype, selected_token_ids: Tensor | None = None
+        self,
+        target: HFEagle3TargetModel,
+        head: Head,
+        dtype: torch.dtype,
+        selected_token_ids: Tensor,
+        *,
+        with_probs: bool = False,
     ):
         self._target, self._head, self._dtype = target, head, dtype
-        self._selected_head = None if selected_token_ids is None else head.select(selected_token_ids)
+        self._selected_head = head.select(selected_token_ids) if with_probs else None
+        self._selected_token_mask = torch.zeros(head.vocab_size, dtype=torch.bool)
+        self._selected_token_mask[selected_token_ids] = True
 
     def run(self, samples: Sequence[TokenSample], batch_size: int) -> Iterator[CapturedSample]:
         """Yield every sample captured, shorter ones first; what is held in memory is one batch."""
@@ -91,16 +104,19 @@ class Capture:
         positions = [supervised_positions(torch.tensor(sample.loss_mask)).nonzero().squeeze(-1) for sample in samples]
         hidden = torch.cat([last[row, where.to(last.device)] for row, where in enumerate(positions)]).to(self._dtype)
         with torch.inference_mode():
-            argmax, log_normalizer = self._head.argmax_and_log_normalizer(hidden)
+            argmax, log_normalizer, mass = self._head.statistics(hidden, self._selected_token_mask)
             probs = None if self._selected_head is None else self._selected_head.logits(hidden).softmax(dim=-1)
         counts = [len(where) for where in positions]
         split_hidden = hidden.cpu().split(counts)
         split_argmax, split_normalizer = argmax.cpu().split(counts), log_normalizer.cpu().split(counts)
-        split_probs = [None] * len(samples) if probs is None else probs.to(self._dtype).cpu().split(counts)
+        split_mass = mass.cpu().split(counts)
+        split_probs = [None] * len(samples) if probs is None else probs.cpu().split(counts)
         for row, sample in enumerate(samples):
             length = len(sample.input_ids)
             aux = [layer[row, :length].to(self._dtype).cpu() for layer in layers]
             stored = [*aux, split_hidden[row], split_normalizer[row]]
+            supervised = torch.tensor(sample.loss_mask).bool()[positions[row]]
+            in_vocab = self._selected_token_mask[split_argmax[row].long()]
             yield CapturedSample(
                 tokens=sample,
                 aux_hidden_states=aux,
@@ -108,6 +124,8 @@ class Capture:
                 target_probs=split_probs[row],
                 target_argmax=split_argmax[row].numpy(),
                 target_log_normalizer=split_normalizer[row].numpy(),
+                num_in_vocab=int((supervised & in_vocab).sum()),
+                vocab_mass=float(split_mass[row][supervised].double().sum()),
                 finite=all(bool(tensor.isfinite().all()) for tensor in stored),
             )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eagle_offline.alignment import position_ids, shift_left_with_zero
 from eagle_offline.cache.reader import Sample
-from eagle_offline.cache.stored_states import StoredStates
+from eagle_offline.cache.stored_states import StoredStates, merges_ahead
 from eagle_offline.data.stored_pack import StoredPack, pack_of_samples
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.draft.packed import PackedUnroll
@@ -150,9 +150,16 @@ def run_pack(
         model.lm_head.weight,
         pack.plan,
         _merged(pack.aux_states),
-        TargetRows(_merged(pack.target_states), selected_head),
+        _target_rows(pack.target_states, selected_head),
         weights,
     )
+
+
+def _target_rows(states: Sequence[StoredStates], selected_head: Head | None) -> TargetRows:
+    """Return supervision that is merged at once, or by chunks of the loss where values take far more than bytes."""
+    if len(states) == 1 and not merges_ahead(states[0].fields):
+        return TargetRows(states[0].between, selected_head)
+    return TargetRows.of(_merged(states), selected_head)
 
 
 def _merged(states: Sequence[StoredStates]) -> Tensor:

@@ -14,15 +14,22 @@ from tests import builders
 NARROW = (("hidden_size", 8), ("num_attention_heads", 2), ("num_key_value_heads", 1), ("head_dim", 4))
 
 
+def without_index(cache: Path) -> Path:
+    """Take a cache's index away; its records say the same."""
+    for path in cache.glob("index-*"):
+        path.unlink()
+    return cache
+
+
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of ten samples in three shards; never to be changed."""
-    return builders.make_cache(tmp_path_factory.mktemp("whole") / "cache")
+    """A cache of ten samples in three shards, without an index, so that records are read; never to be changed."""
+    return without_index(builders.make_cache(tmp_path_factory.mktemp("whole") / "cache"))
 
 
 @pytest.fixture(scope="session")
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of four tiny samples in two shards; never to be changed."""
+    """A cache of four tiny samples in two shards, without an index; never to be changed."""
     directory = tmp_path_factory.mktemp("narrow")
     chat = builders.write_jsonl(
         directory / "chat.jsonl",
@@ -31,7 +38,8 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for n in (1, 2, 3, 1)
         ],
     )
-    return builders.make_cache(directory / "cache", builders.shared_target("Llama", changes=NARROW), chat, shard_size=2)
+    target = builders.shared_target("Llama", changes=NARROW)
+    return without_index(builders.make_cache(directory / "cache", target, chat, shard_size=2))
 
 
 @pytest.fixture

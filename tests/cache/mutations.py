@@ -136,7 +136,12 @@ def everything(directory: Path) -> list[Any]:
     from eagle_offline import open_cache
 
     cache = open_cache(directory)
-    said: list[Any] = [len(cache), cache.selected_token_ids, cache.lengths.tolist(), cache.num_supervised.tolist()]
+    said: list[Any] = [
+        len(cache),
+        cache.selected_token_ids,
+        cache.lengths.tolist(),
+        cache.index.num_supervised.tolist(),
+    ]
     for index in range(len(cache)):
         sample = cache[index]
         supervision = sample.supervision

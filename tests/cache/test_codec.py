@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_offline.cache import codec
+from eagle_offline.cache.choices import EncodingChoice
 from eagle_offline.cache.layout import FieldLayout
 from eagle_offline.errors import DataError, UsageError
 
@@ -91,8 +92,8 @@ def test_planes_are_smaller_than_raw_on_states_of_one_scale() -> None:
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_planes_of_other_than_bf16_are_refused_naming_raw(dtype: str) -> None:
     with pytest.raises(UsageError, match=f"{dtype}.*--state-encoding raw"):
-        codec.check_encoding("planes", dtype)
-    codec.check_encoding("raw", dtype)
+        EncodingChoice(dtype=dtype)
+    assert {field.encoding for field in EncodingChoice(dtype=dtype, state_encoding="raw").fields([1], 4, 8)} == {"raw"}
 
 
 @pytest.mark.parametrize("claimed", [0, 1, 4, 6, 10**6])

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from eagle_offline import open_cache
 from eagle_offline.cache import codec, reader
-from eagle_offline.cache.arrow import ArrowShardReader, StoredSample
+from eagle_offline.cache.arrow import ArrowShardReader
 from eagle_offline.cache.reader import Cache, Sample
+from eagle_offline.cache.samples import StoredSample
 from eagle_offline.data.buffers import HostBuffers
 from eagle_offline.data.stored_pack import PackReader, StoredPack, _supervised_slots
 from eagle_offline.errors import DataError
@@ -110,7 +111,7 @@ def test_rows_chosen_before_merging_are_those_chosen_after(cache):
 def test_layers_that_are_not_asked_for_are_not_unpacked(is_merged, monkeypatch):
     cache, unpacked = open_cache(cache_path(*KINDS[0])), []
     original = codec.unpack
-    monkeypatch.setattr(codec, "unpack", lambda field, *rest: unpacked.append(field.name) or original(field, *rest))
+    monkeypatch.setattr(codec, "unpack", lambda field, *a, **k: unpacked.append(field.name) or original(field, *a, **k))
     PackReader([0, 2], merged=is_merged).read([(cache, index) for index in range(4)])
     ids = cache.aux_layer_ids
     assert unpacked == [f"aux_{ids[0]}", f"aux_{ids[2]}", "last_hidden_state"] * 4
@@ -137,7 +138,7 @@ def test_supervision_stops_at_a_documents_end(masks):
 
 def test_a_damaged_sample_is_refused_by_name():
     cache = open_cache(cache_path(*KINDS[0]))
-    cache._digests[5] = "0" * 16
+    cache.index = dataclasses.replace(cache.index, digest=np.where(np.arange(len(cache)) == 5, 0, cache.index.digest))
     with pytest.raises(DataError, match=rf"sample {cache.sample_ids[5]} does not match its digest"):
         PackReader().read([(cache, 4), (cache, 5)])
 
@@ -159,7 +160,7 @@ def test_a_loss_mask_that_calls_for_other_supervision_is_refused_even_unverified
 def test_many_threads_read_one_cache_with_few_shards_open(is_merged, monkeypatch):
     monkeypatch.setattr(reader, "_MAX_OPEN_SHARDS", 2)
     cache = open_cache(cache_path(*KINDS[0]))
-    assert len(cache.records) == 4
+    assert len(cache.index.entries) == 4
     samples = [cache[index] for index in range(len(cache))]
     pack_reader = PackReader(merged=is_merged)
     generator = np.random.default_rng(0)

@@ -122,7 +122,7 @@ class Job:
         self.positions = torch.from_numpy(columns).to(device)
         self.aux = torch.randn(num_slots, 3 * 128, generator=generator).to(device, dtype)
         probs = torch.randn(num_slots, 64, generator=generator).mul(3).softmax(-1)
-        self.targets = TargetRows(probs.to(device, dtype), None)
+        self.targets = TargetRows.of(probs.to(device, dtype), None)
 
     def run(self, autocast: bool = False, recompute: bool = False) -> dict[str, Tensor]:
         self.model.zero_grad(set_to_none=True)

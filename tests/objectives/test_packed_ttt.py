@@ -97,7 +97,7 @@ def run_packed(
     recompute: bool = False,
 ) -> tuple[torch.Tensor, UnrollSums]:
     work = PackedUnroll(model, plan, batch.input_ids[0], batch.position_ids[0], recompute)
-    targets = TargetRows(batch.target_probs[0], None)
+    targets = TargetRows.of(batch.target_probs[0], None)
     head_weight, given = model.lm_head.weight, StepWeights(weights) if isinstance(weights, torch.Tensor) else weights
     return unroll_packed(work, model.before_head, head_weight, plan, batch.aux_hidden_states[0], targets, given)
 
@@ -230,7 +230,7 @@ def test_supervision_from_final_states_equals_that_from_probabilities():
         model.lm_head.weight,
         plan,
         batch.aux_hidden_states[0],
-        TargetRows(states, head),
+        TargetRows.of(states, head),
         StepWeights(weights),
     )
     torch.testing.assert_close(made.losses, stored.losses, rtol=1e-9, atol=0)

@@ -247,7 +247,7 @@ def test_a_damaged_sample_stops_training_and_names_the_shard(tmp_path):
     code, error = refused("--cache", cache, "--output-dir", tmp_path / "run", "--heldout-share", 0.2)
     assert code == 4
     assert shard.name in error
-    assert "precompute --resume" in error
+    assert "eagle-offline repair" in error
 
 
 def test_a_device_that_is_not_there_is_refused_in_one_line(tmp_path):

@@ -110,7 +110,7 @@ def test_a_damaged_sample_of_one_process_ends_all_and_its_message_is_seen(rank, 
     sample = int(plan[3][rank][0])
     where, local = trainer.corpus.samples.locate(sample)
     cache = copied_cache(tmp_path / "cache")
-    shard = cache / where.records[int(where.shards[local])].file
+    shard = cache / where.shard_file(int(where.shards[local]))
     content = bytearray(shard.read_bytes())
     states = where[local].input_ids.numpy().astype("<i4").tobytes()
     place = bytes(content).find(states)
