@@ -11,7 +11,8 @@ from benchmarks.states import hidden_states
 from eagle_offline import stages
 from eagle_offline.cache import codec
 from eagle_offline.cache.arrow import ArrowShardWriter
-from eagle_offline.cache.layout import LAST_HIDDEN_STATE, FieldLayout, SampleTable, aux_field
+from eagle_offline.cache.choices import EncodingChoice
+from eagle_offline.cache.layout import FieldLayout, SampleTable
 from eagle_offline.cache.samples import StoredSample
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.example.corpus import generate_conversations, write_conversations
@@ -40,26 +41,12 @@ def small_cache(directory: Path, num_conversations: int = 32, device: str = "cpu
     return settings.output_dir
 
 
-def field_layouts(encoding: str, hidden_size: int, num_aux_layers: int) -> list[FieldLayout]:
-    """Return the float fields of a factored cache."""
-    aux = [aux_field(layer) for layer in range(num_aux_layers)]
-    return [
-        FieldLayout(
-            name=name,
-            width=hidden_size,
-            dtype="bf16",
-            encoding=encoding,
-            rows="supervised_positions" if name == LAST_HIDDEN_STATE else "tokens",
-        )
-        for name in [*aux, LAST_HIDDEN_STATE]
-    ]
-
-
 def write_synthetic_shard(
-    path: Path, lengths: np.ndarray, encoding: str, hidden_size: int, num_aux_layers: int = 3
+    path: Path, lengths: np.ndarray, choice: EncodingChoice | str, hidden_size: int, num_aux_layers: int = 3
 ) -> tuple[SampleTable, int, list[FieldLayout]]:
     """Write a shard of synthetic samples, half of their tokens supervised; return its table, bytes and layout."""
-    fields = field_layouts(encoding, hidden_size, num_aux_layers)
+    choice = EncodingChoice(state_encoding=choice) if isinstance(choice, str) else choice
+    fields = choice.fields(range(num_aux_layers), hidden_size, hidden_size)
     writer = ArrowShardWriter(path, fields, 0, IDENTITY_DIGEST)
     for sample_id, length in enumerate(lengths):
         writer.append(_synthetic_sample(sample_id, int(length), fields))

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.caches import field_layouts
 from benchmarks.states import hidden_states
 from eagle_offline.cache import codec
+from eagle_offline.cache.choices import EncodingChoice, StateEncoding
 from eagle_offline.cache.companions import embeddings_bytes, head_bytes, vocab_bytes, vocab_file
 from eagle_offline.cache.layout import EMBEDDINGS_FILE, HEAD_FILE, FieldLayout
 from eagle_offline.cache.manifest import (
@@ -62,11 +62,11 @@ class Shape:
         )
 
 
-def write_cache(directory: Path, lengths: np.ndarray, shape: Shape, encoding: str = "planes") -> None:
+def write_cache(directory: Path, lengths: np.ndarray, shape: Shape, encoding: StateEncoding = "planes") -> None:
     """Write a whole cache of synthetic samples, the second half of each supervised, factored."""
     size, width = shape.draft_vocab_size, shape.hidden_size
-    fields = field_layouts(encoding, width, NUM_AUX_LAYERS)
-    identity = _identity(lengths, shape, fields, encoding)
+    identity = identity_of(lengths, shape, encoding)
+    fields = identity.capture.fields
     ids = np.arange(size)
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(size, width, generator=generator).bfloat16()
@@ -119,7 +119,10 @@ def _sample(
     )
 
 
-def _identity(lengths: np.ndarray, shape: Shape, fields: list[FieldLayout], encoding: str) -> Identity:
+def identity_of(lengths: np.ndarray, shape: Shape, encoding: StateEncoding, shard_size: int = 32) -> Identity:
+    """Return what a cache of synthetic samples of the given lengths is."""
+    choice = EncodingChoice(state_encoding=encoding)
+    fields = choice.fields(range(NUM_AUX_LAYERS), shape.hidden_size, shape.draft_vocab_size)
     nothing = "0" * 32
     return Identity(
         target=TargetIdentity(
@@ -146,7 +149,7 @@ def _identity(lengths: np.ndarray, shape: Shape, fields: list[FieldLayout], enco
             state_encoding=encoding,
             target_encoding="factored",
             draft_vocab_digest=None,
-            shard_size=32,
+            shard_size=shard_size,
             format="arrow",
             compressor=None,
             fields=fields,

@@ -17,16 +17,29 @@ from pydantic import BaseModel
 from eagle_offline import __version__
 from eagle_offline.config import (
     CheckSettings,
+    ConvertSettings,
+    EstimateSettings,
     EvaluateSettings,
     ExportSettings,
     PlotSettings,
     PrecomputeSettings,
+    RepairSettings,
     ReportSettings,
     TokenizeSettings,
+    VerifySettings,
     build,
     read_yaml,
 )
-from eagle_offline.errors import EXIT_DONE, EXIT_FAILURE, EXIT_MISMATCH, EXIT_RESUMABLE, EagleOfflineError, UsageError
+from eagle_offline.errors import (
+    EXIT_DATA,
+    EXIT_DONE,
+    EXIT_FAILURE,
+    EXIT_MISMATCH,
+    EXIT_RESUMABLE,
+    EagleOfflineError,
+    UsageError,
+    printable,
+)
 from eagle_offline.train_settings import TrainSettings
 
 _METAVARS = {int: "N", float: "X", Path: "PATH"}
@@ -78,7 +91,8 @@ def settings_command(group: click.Group, name: str, kind: type[BaseModel], examp
 
         command = _Command(name, callback=callback, help=function.__doc__, epilog=examples)
         for field, info in kind.model_fields.items():
-            command.params.append(_option(field, info))
+            if not _extra(info).get("hidden"):
+                command.params.append(_option(field, info))
         config_help = "YAML file of settings; flags win over it."
         command.params.append(click.Option(["--config"], type=click.Path(path_type=Path), help=config_help))
         group.add_command(command)
@@ -87,9 +101,13 @@ def settings_command(group: click.Group, name: str, kind: type[BaseModel], examp
     return decorate
 
 
+def _extra(info: Any) -> dict[str, Any]:
+    return info.json_schema_extra or {}
+
+
 def _option(field: str, info: Any) -> click.Parameter:
     """Return the flag of a settings field; its default stays with the settings, so that a file can stand between."""
-    extra = info.json_schema_extra or {}
+    extra = _extra(info)
     if extra.get("positional"):
         several = typing.get_origin(_plain_type(info.annotation)) is tuple
         return click.Argument([field], required=False, type=str, nargs=-1 if several else 1)
@@ -101,7 +119,8 @@ def _option(field: str, info: Any) -> click.Parameter:
         help_text += f"  [default: {info.default}]"
     kind = _plain_type(info.annotation)
     if kind is bool:
-        return click.Option([f"{flag}/--no-{flag[2:]}"], default=None, help=help_text)
+        names = [f"{flag}/--no-{flag[2:]}", *extra.get("flags", [])]
+        return click.Option(names, default=None, help=help_text)
     metavar = None
     if typing.get_origin(kind) is Literal:
         metavar = "|".join(typing.get_args(kind))
@@ -133,6 +152,7 @@ def cli() -> None:
     eagle-offline quickstart                                   the whole job on an embedded example
     eagle-offline precompute --target-model M --input-data D --output-dir C --resume
     eagle-offline inspect-manifest C --verify
+    eagle-offline convert C --output-dir D --state-encoding fp8   the same cache stored otherwise, without the target
     eagle-offline train --cache C --output-dir O --resume
     eagle-offline evaluate --draft O --target M                real decoding with the draft and without
     eagle-offline export O --target M                          directories for vLLM, SGLang and speculators
@@ -155,6 +175,28 @@ def _tokenize(settings: TokenizeSettings) -> None:
 
 @settings_command(
     cli,
+    "estimate",
+    EstimateSettings,
+    """
+    eagle-offline estimate --target-model meta-llama/Llama-3.1-8B-Instruct --input-data chat.jsonl --output-dir C
+    eagle-offline estimate … --no-probe             (no weights are loaded: typical sizes, no hours)
+    eagle-offline estimate … --json
+    """,
+)
+def _estimate(settings: EstimateSettings) -> None:
+    """Tell what a precompute would cost, before it is begun: bytes and hours of every choice, and the free disk."""
+    from eagle_offline.precompute.estimate import render_text
+    from eagle_offline.stages import estimate
+
+    estimated = estimate(settings)
+    if settings.as_json:
+        _show(estimated.model_dump(mode="json"))
+    else:
+        click.echo(render_text(estimated))
+
+
+@settings_command(
+    cli,
     "precompute",
     PrecomputeSettings,
     """
@@ -168,6 +210,23 @@ def _precompute(settings: PrecomputeSettings) -> None:
     from eagle_offline.stages import precompute
 
     _show(precompute(settings))
+
+
+@settings_command(
+    cli,
+    "convert",
+    ConvertSettings,
+    """
+    eagle-offline convert C --output-dir D --state-encoding fp8
+    eagle-offline convert C --output-dir D --format zarr --shard-size 64
+    eagle-offline convert C --output-dir D --samples 0:1000 --aux-layer-ids 1 15
+    """,
+)
+def _convert(settings: ConvertSettings) -> None:
+    """Write a cache anew: other encodings, format, shard size, samples or layers; the target is not needed."""
+    from eagle_offline.stages import convert
+
+    _show(convert(settings))
 
 
 @settings_command(
@@ -190,23 +249,88 @@ def _train(settings: TrainSettings) -> None:
         _show(result)
 
 
-@cli.command("inspect-manifest", cls=_Command, epilog="eagle-offline inspect-manifest C --verify")
+@cli.command(
+    "inspect-manifest",
+    cls=_Command,
+    epilog="""
+    eagle-offline inspect-manifest C
+    eagle-offline inspect-manifest C --verify
+    eagle-offline inspect-manifest C --sample 12 --json
+    """,
+)
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.option("--verify", is_flag=True, help="Read the whole cache and check every digest.")
-def _inspect(cache: Path, as_json: bool, verify: bool) -> None:
-    """Show what a cache is, how complete it is and what it takes on disk."""
+@click.option("--sample", type=int, metavar="N", help="The sample to show as text, by its number in the cache, from 0.")
+@click.option(
+    "--colour/--no-colour",
+    default=None,
+    help="Colour instead of marks.  [default: on a terminal, unless NO_COLOR is set]",
+)
+def _inspect(cache: Path, as_json: bool, verify: bool, sample: int | None, colour: bool | None) -> None:
+    """Show what a cache is, how complete it is, what it takes on disk, and one of its samples as text."""
     from eagle_offline.stages import inspect_manifest
 
-    description = inspect_manifest(cache, verify=verify)
+    description = inspect_manifest(cache, verify=verify, sample=sample)
     if as_json:
-        _show(description)
+        # In ASCII: text of a stranger's cache may be no Unicode, or act on a terminal.
+        click.echo(json.dumps(description, indent=2))
     else:
         from eagle_offline.inspection import render_text
 
-        click.echo(render_text(description))
-    if description.get("problems"):
-        raise SystemExit(4)
+        if colour is None:
+            colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        click.echo(_encodable(render_text(description, colour=colour)), color=colour)
+    if description["problems"]:
+        raise SystemExit(EXIT_DATA)
+
+
+def _encodable(text: str) -> str:
+    """Return text as far as stdout can write it."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+@settings_command(
+    cli,
+    "verify",
+    VerifySettings,
+    """
+    eagle-offline verify C
+    eagle-offline verify C --json --num-workers 16
+    """,
+)
+def _verify(settings: VerifySettings) -> None:
+    """Read a whole cache and say what in it is not as it was written."""
+    from eagle_offline.stages import verify
+
+    found = verify(settings)
+    if settings.as_json:
+        _show(found.to_json())
+    else:
+        click.echo(found.render_text())
+    if found.problems:
+        raise SystemExit(EXIT_DATA)
+
+
+@settings_command(
+    cli,
+    "repair",
+    RepairSettings,
+    """
+    eagle-offline repair C --dry-run
+    eagle-offline repair C
+    """,
+)
+def _repair(settings: RepairSettings) -> None:
+    """Set everything damaged in a cache aside, and say which command makes it again; nothing is deleted."""
+    from eagle_offline.stages import repair
+
+    done = repair(settings)
+    if settings.as_json:
+        _show(done.to_json())
+    else:
+        click.echo(done.render_text())
 
 
 @settings_command(
@@ -321,7 +445,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         cli.main(args=argv, prog_name="eagle-offline", standalone_mode=False)
     except EagleOfflineError as error:
-        click.echo(f"error: {error}", err=True)
+        # What an error says may come from a stranger's cache.
+        click.echo(f"error: {printable(str(error))}", err=True)
         raise SystemExit(error.exit_code) from None
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()

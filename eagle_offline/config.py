@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from eagle_offline.errors import UsageError
+from eagle_offline.provenance import digest_bytes, user_cache_directory
 
 
 class Settings(BaseModel):
     """A stage's settings.
 
-    ``flags`` in a field's extra names further spellings of its command-line flag; a ``positional`` one is an argument.
+    ``flags`` in a field's extra names further spellings of its command-line flag; a ``positional`` one is an argument,
+    a ``hidden`` one follows from others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def setting(
-    default: Any, description: str, *, flags: tuple[str, ...] = (), positional: bool = False, **limits: Any
+    default: Any,
+    description: str,
+    *,
+    flags: tuple[str, ...] = (),
+    positional: bool = False,
+    hidden: bool = False,
+    **limits: Any,
 ) -> Any:
-    extra: dict[str, Any] = {"flags": list(flags), **({"positional": True} if positional else {})}
+    extra: dict[str, Any] = {"flags": list(flags)}
+    extra |= {"positional": True} if positional else {}
+    extra |= {"hidden": True} if hidden else {}
     return Field(default, description=description, json_schema_extra=extra, **limits)
+
+
+def _location(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
+# A directory, or the fsspec URL of a cache in an object store.
+Location = Annotated[Path | str, BeforeValidator(_location)]
 
 
 def listed(value: Any) -> Any:
@@ -62,6 +81,13 @@ class TokenizeSettings(Settings):
 class PrecomputeSettings(TokenizeSettings):
     """One pass of the target over the corpus, written as a cache."""
 
+    output_dir: Path = setting(..., "Where the cache is written, a directory or the URL of an object store.")
+    staging_dir: Path | None = setting(
+        None, "With a URL: where shards are made before they go up; default in the user's cache."
+    )
+    store_url: str | None = setting(
+        None, "The URL that --output-dir named; shards are made in a directory.", hidden=True
+    )
     draft_vocab_size: int | None = setting(
         None, "Tokens the draft can propose; default 32000, or all if there are fewer.", gt=0
     )
@@ -100,10 +126,57 @@ class PrecomputeSettings(TokenizeSettings):
     resume: bool = setting(False, "Go on with a cache that was begun; safe on an empty directory.")
     dry_run: bool = setting(False, "Check everything and print the plan; write nothing but tokens.")
 
-    @field_validator("aux_layer_ids", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _split_ids(cls, value: Any) -> Any:
-        return listed(value)
+    def _stage_what_goes_up(cls, values: Any) -> Any:
+        """Take the URL of an object store apart: where it is, and the directory that shards are made in."""
+        url = values.get("output_dir") if isinstance(values, dict) else None
+        if not isinstance(url, str) or "://" not in url:
+            return values
+        staging = values.get("staging_dir") or user_cache_directory() / "staging" / digest_bytes(url.encode())
+        return {**values, "store_url": url, "output_dir": staging}
+
+    _split_ids = field_validator("aux_layer_ids", mode="before")(listed)
+
+
+class ConvertSettings(Settings):
+    """A complete cache written anew: other encodings, format, shard size, samples or layers; without the target."""
+
+    cache: Path = setting(..., "Cache to convert; it is only read.", positional=True)
+    output_dir: Path = setting(..., "Where the new cache is written.")
+    state_encoding: Literal["planes", "raw", "fp8"] | None = setting(
+        None, "How states are stored, as for precompute; default as they are."
+    )
+    mantissa_bits: int | None = setting(
+        None, "Of planes: round to this many mantissa bits; default as they are, 7 is exact.", ge=1, le=7
+    )
+    target_encoding: Literal["factored", "dense", "topk"] | None = setting(
+        None, "factored to dense or topk, or dense to topk, which costs acceptance under sampling; default as it is."
+    )
+    top_k: int | None = setting(None, "Of topk: how many probabilities are kept a position; default 64.", gt=0)
+    dtype: Literal["bf16", "fp16", "fp32"] | None = setting(None, "What states are stored in; default as they are.")
+    format: Literal["arrow", "zarr"] | None = setting(None, "What shards are; default as they are.")
+    compressor: Literal["zstd", "blosc"] | None = setting(None, "Of zarr: what compresses its chunks; default zstd.")
+    shard_size: int | None = setting(None, "Samples a shard; default as it is.", gt=0)
+    aux_layer_ids: tuple[int, ...] | None = setting(None, "Keep these of the cache's layers only.")
+    samples: str | None = setting(None, "Take FIRST:LAST of the samples in cache order, such as 0:1000; default all.")
+    process_index: int = setting(0, "This process's number among those that fill one cache.", ge=0)
+    process_count: int = setting(1, "How many processes fill one cache.", gt=0)
+    grace_seconds: float = setting(20.0, "After a first signal: finish the shard in hand if it fits this.", ge=0)
+    resume: bool = setting(False, "Go on with a conversion that was begun; safe on an empty directory.")
+    dry_run: bool = setting(False, "Check everything and print the plan; write nothing.")
+
+    _split_ids = field_validator("aux_layer_ids", mode="before")(listed)
+
+
+class EstimateSettings(PrecomputeSettings):
+    """What a precompute would cost, with the settings it would have."""
+
+    output_dir: Path | None = setting(  # type: ignore[assignment]
+        None, "Where the cache would go: its disk is looked at, and tokens are kept there for precompute."
+    )
+    probe: bool = setting(True, "Run the target over a few batches; without, sizes are typical and there are no hours.")
+    as_json: bool = setting(False, "Print one JSON object.", flags=("--json",))
 
 
 class ExportSettings(Settings):
@@ -199,6 +272,20 @@ class InspectSettings(Settings):
     verify: bool = setting(False, "Read the whole cache and check every digest.")
 
 
+class VerifySettings(Settings):
+    """A check of a whole cache."""
+
+    cache: Path = setting(..., "Cache to read.", positional=True)
+    num_workers: int | None = setting(None, "Shards read at a time; default one a CPU, at most 8.", gt=0, le=256)
+    as_json: bool = setting(False, "Print one JSON object.", flags=("--json",))
+
+
+class RepairSettings(VerifySettings):
+    """A cache freed of everything damaged."""
+
+    dry_run: bool = setting(False, "Say what would be set aside; change nothing.")
+
+
 class ReportSettings(Settings):
     """What a run achieved, as a table and as a page with plots."""
 
@@ -252,19 +339,21 @@ def build(kind: type[S], values: dict[str, Any], where: str = "") -> S:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
+    """Read a YAML mapping; what is called ``.json`` is read as JSON, whose escapes and numbers YAML takes otherwise.
 
     Raises:
-        UsageError: missing, not YAML, or not a mapping.
+        UsageError: missing, neither YAML nor JSON, or not a mapping.
     """
     import yaml
 
     try:
-        value = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise UsageError(f"{path}: not {kind}: {' '.join(str(error).split())}") from error
     if value is None:
         return {}
     if not isinstance(value, dict):

@@ -51,6 +51,16 @@ class SpaceError(EagleOfflineError):
     exit_code = EXIT_SPACE
 
 
+def printable(text: str) -> str:
+    """Return a text in which nothing steers a terminal: control characters are written as escapes.
+
+    Example:
+        >>> printable("a\\x1b[2Jb")
+        'a\\\\x1b[2Jb'
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def one_line(error: BaseException | str, limit: int = 200) -> str:
     """Return the message of `error` as one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__

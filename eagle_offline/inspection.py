@@ -2,166 +2,234 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from eagle_offline.cache.layout import TOKENS_DIRECTORY, CommitRecord
-from eagle_offline.cache.manifest import Manifest, read_json_object, read_manifest
-from eagle_offline.cache.writer import committed_shards, read_record
-from eagle_offline.errors import DataError
+import numpy as np
+from pydantic import ValidationError
+
+from eagle_offline.cache.index import SampleIndex, index_of, read_index
+from eagle_offline.cache.layout import MANIFEST_FILE, CommitRecord, record_file, repair_way_out, shard_of_record
+from eagle_offline.cache.manifest import Manifest, first_problem, read_json_object, read_manifest
+from eagle_offline.cache.writer import read_record
+from eagle_offline.errors import DataError, UsageError
+from eagle_offline.inspection_example import choose_sample, read_example, sample_facts
+from eagle_offline.inspection_page import render_text
+from eagle_offline.inspection_record import (
+    Extremes,
+    Inspection,
+    LengthBar,
+    RunStatus,
+    ShardRange,
+    Shards,
+    VocabularyFacts,
+)
+from eagle_offline.inspection_rows import file_size, lost_examples, most_common, quarantine, read_meta
+from eagle_offline.inspection_sizes import known, size_facts, total
 from eagle_offline.progress import Progress
 
-_MAX_TOKENS_META_BYTES = 16 << 20
+__all__ = ["describe_cache", "render_text"]
+
 _HISTOGRAM_BARS = 8
-_BAR_WIDTH = 40
+_STATUS_NAME = re.compile(r"status(-\d{4})?\.json")
+
+# A cache may be a stranger's: what is taken from it is bounded.
+_MAX_STATUS_BYTES = 64 << 10
+_MAX_LISTED = 100
 
 
-def describe_cache(path: Path, *, verify: bool = False) -> dict[str, Any]:
-    """Return everything `inspect-manifest --json` prints.
+def describe_cache(path: Path, *, verify: bool = False, sample: int | None = None) -> dict[str, Any]:
+    """Return everything `inspect-manifest --json` prints, an `Inspection` as JSON values.
 
     Args:
         path: the cache's directory.
         verify: also read the whole cache; what is wrong stands under ``problems``.
+        sample: the one to decode, by its number in the cache; one of moderate length when None.
 
     Raises:
-        DataError: no cache there. MismatchError: of another version.
+        DataError: no cache there. MismatchError: of another version. UsageError: no such sample.
     """
     manifest = read_manifest(path)
-    problems, records = _read_records(path)
-    description = {
-        "path": str(path),
-        "identity_digest": manifest.identity.digest,
-        "manifest": manifest.model_dump(mode="json"),
-        "complete": len(records) == manifest.identity.num_shards,
-        "shards": {"total": manifest.identity.num_shards, "committed": len(records)},
-        **_totals(path, manifest, records),
-        "quarantine": _quarantine(path),
-        "problems": problems,
-    }
+    sizes = _top_level_sizes(path)
+    index, problems = _committed(path, sizes, manifest)
+    if sample is not None and not 0 <= sample < len(index):
+        raise UsageError(f"--sample {sample}: {path} holds {f'0 to {len(index) - 1}' if len(index) else 'no sample'}")
+    problems += [*_missing_companions(path, manifest), *_missing_shards(sizes, index)]
+    meta, unreadable = read_meta(path)
+    problems += [] if unreadable is None else [unreadable]
+    number = choose_sample(index) if sample is None else sample
     if verify:
-        from eagle_offline.cache.verify import verify_cache
+        problems = _verified(path, len(index.entries))
+    lost = [item for entry in index.entries for item in entry.lost]
+    inspection = Inspection(
+        path=str(path),
+        identity_digest=manifest.identity.digest,
+        begun_at=_modified_at(path / MANIFEST_FILE),
+        manifest=manifest,
+        complete=len(index.entries) == manifest.identity.num_shards,
+        shards=_shards(manifest, index),
+        last_runs=_last_runs(path, sizes),
+        quarantine=quarantine(path, meta),
+        lost_in_capture=most_common(Counter(item.reason for item in lost)),
+        lost_examples=lost_examples(path, lost, meta),
+        draft_vocabulary=_vocabulary(manifest, index),
+        example=None if number is None else read_example(path, index, number, meta),
+        problems=_bounded(problems),
+        **_samples(index),
+        **size_facts(path, manifest, index, sizes),
+    )
+    # A manifest's environment may hold what Python calls NaN and JSON does not know.
+    return json.loads(json.dumps(inspection.model_dump(by_alias=True)), parse_constant=lambda _: None)
 
-        with Progress("verify", len(records), unit="shards") as progress:
-            description["problems"] = [str(p) for p in verify_cache(path, lambda done, _: progress.reach(done))]
-    return description
+
+def _top_level_sizes(path: Path) -> dict[str, int | None]:
+    """Return what stands in the cache, with sizes; None for what is no regular file."""
+    try:
+        return {name: file_size(path / name) for name in os.listdir(path)}
+    except OSError as error:
+        raise DataError(f"{path}: cannot be listed: {error.strerror}") from error
 
 
-def _read_records(path: Path) -> tuple[list[str], list[CommitRecord]]:
-    problems, records = [], []
-    for shard in committed_shards(path):
+def _committed(path: Path, names: Collection[str], manifest: Manifest) -> tuple[SampleIndex, list[str]]:
+    """Return the index of the committed shards, and what is wrong with records that do not count."""
+    committed = sorted(shard for name in names if (shard := shard_of_record(name)) is not None)
+    index = read_index(path, names, committed, manifest.identity.digest)
+    problems: list[str] = []
+    return (index_of(_records(path, committed, manifest, problems)) if index is None else index), problems
+
+
+def _records(path: Path, committed: list[int], manifest: Manifest, problems: list[str]) -> Iterator[CommitRecord]:
+    identity_digest, num_shards = manifest.identity.digest, manifest.identity.num_shards
+    for shard in committed:
         try:
-            records.append(read_record(path, shard))
+            record = read_record(path, shard)
         except DataError as error:
             problems.append(str(error))
-    return problems, records
+            continue
+        if record.identity_digest != identity_digest:
+            problems.append(f"{record_file(shard)}: was made under another manifest")
+        elif shard >= num_shards:
+            problems.append(f"{record_file(shard)}: is beyond the manifest's {num_shards} shards")
+        else:
+            yield record
 
 
-def _totals(path: Path, manifest: Manifest, records: list[CommitRecord]) -> dict[str, Any]:
-    lengths = [length for record in records for length in record.samples.num_tokens]
-    tokens, shard_bytes = sum(lengths), sum(record.file_bytes for record in records)
-    columns: Counter[str] = Counter()
-    lost: Counter[str] = Counter()
-    for record in records:
-        columns.update(record.column_bytes)
-        lost.update(item.reason for item in record.lost)
-    target_positions = sum(sum(record.samples.num_target_positions) for record in records)
-    rows = {"tokens": tokens, "supervised_positions": target_positions}
+def _missing_companions(path: Path, manifest: Manifest) -> Iterator[str]:
+    for name, recorded in manifest.files.items():
+        size = file_size(path / name)
+        if size is None:
+            yield f"{name}: missing; run precompute --resume to write it again"
+        elif size != recorded.num_bytes:
+            yield f"{name}: {size} bytes, expected {recorded.num_bytes}; {repair_way_out(path)}"
+
+
+def _missing_shards(sizes: dict[str, int | None], index: SampleIndex) -> Iterator[str]:
+    for entry in index.entries:
+        again = f"delete {record_file(entry.shard)} and run precompute --resume to make it again"
+        if entry.file not in sizes:
+            yield f"{entry.file}: missing; {again}"
+        elif sizes[entry.file] not in (None, entry.file_bytes):
+            yield f"{entry.file}: {sizes[entry.file]} bytes, expected {entry.file_bytes}; {again}"
+
+
+def _verified(path: Path, num_shards: int) -> list[str]:
+    from eagle_offline.cache.verify import verify_cache
+
+    with Progress("verify", num_shards, unit="shards") as progress:
+        return [str(problem) for problem in verify_cache(path, lambda done, _: progress.reach(done))]
+
+
+def _bounded(problems: list[str]) -> list[str]:
+    """Return the first problems and how many more there are."""
+    more = len(problems) - _MAX_LISTED
+    return [*problems[:_MAX_LISTED], *([f"and {more} more"] if more > 0 else [])]
+
+
+def _modified_at(path: Path) -> str:
+    return datetime.fromtimestamp(int(path.stat().st_mtime), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _shards(manifest: Manifest, index: SampleIndex) -> Shards:
+    num_shards = manifest.identity.num_shards
+    present = {entry.shard for entry in index.entries}
+    ranges: list[ShardRange] = []
+    for shard in range(num_shards):
+        if shard in present:
+            continue
+        if ranges and ranges[-1].last == shard - 1:
+            ranges[-1] = ShardRange(first=ranges[-1].first, last=shard)
+        elif len(ranges) < _MAX_LISTED:
+            ranges.append(ShardRange(first=shard, last=shard))
+        else:
+            break
+    return Shards(total=num_shards, committed=len(present), missing_ranges=ranges)
+
+
+def _last_runs(path: Path, names: Iterable[str]) -> list[RunStatus]:
+    files = sorted(name for name in names if _STATUS_NAME.fullmatch(name))[:_MAX_LISTED]
+    return [_run_status(path, name) for name in files]
+
+
+def _run_status(path: Path, name: str) -> RunStatus:
+    try:
+        said = read_json_object(path / name, _MAX_STATUS_BYTES)
+        return RunStatus.model_validate({"file": name, **{key: said.get(key) for key in ("state", "exit_code", "why")}})
+    except (DataError, ValidationError) as error:
+        why = str(error) if isinstance(error, DataError) else f"{name}: {first_problem(error)}"
+        return RunStatus(file=name, state="unreadable", exit_code=None, why=why)
+
+
+def _samples(index: SampleIndex) -> dict[str, Any]:
+    """Return the facts of samples: how many, how long, how much of them is supervised."""
+    extremes = None
+    if len(index):
+        extremes = Extremes(
+            longest=sample_facts(index, int(index.num_tokens.argmax())),
+            shortest=sample_facts(index, int(index.num_tokens.argmin())),
+            most_supervised=sample_facts(index, int(index.num_supervised.argmax())),
+            least_supervised=sample_facts(index, int(index.num_supervised.argmin())),
+        )
     return {
-        "samples": len(lengths),
-        "tokens": tokens,
-        "supervised_tokens": sum(sum(record.samples.num_supervised) for record in records),
-        "target_positions": target_positions,
-        "lost_in_capture": dict(lost),
-        "shard_bytes": shard_bytes,
-        "companion_bytes": sum(file.num_bytes for file in manifest.files.values()),
-        "bytes_per_token": shard_bytes / tokens if tokens else None,
-        "column_bytes": dict(columns),
-        "raw_field_bytes": {
-            field.name: field.row_bytes * rows[field.rows] for field in manifest.identity.capture.fields
-        },
-        "length_histogram": _histogram(lengths),
+        "samples": len(index),
+        "tokens": total(index.num_tokens),
+        "supervised_tokens": total(index.num_supervised),
+        "target_positions": total(index.num_target_positions),
+        "extremes": extremes,
+        "length_histogram": _histogram(index.num_tokens),
     }
 
 
-def _histogram(lengths: list[int]) -> list[dict[str, int]]:
-    if not lengths:
+def _histogram(lengths: np.ndarray) -> list[LengthBar]:
+    if not len(lengths):
         return []
-    width = max(1, -(-max(lengths) // _HISTOGRAM_BARS))
-    counts = Counter((length - 1) // width for length in lengths)
+    width = max(1, -(-int(lengths.max()) // _HISTOGRAM_BARS))
+    counts = np.bincount(np.maximum(lengths - 1, 0) // width).tolist()
     return [
-        {"from": bar * width + 1, "to": (bar + 1) * width, "samples": counts[bar]} for bar in range(max(counts) + 1)
+        LengthBar.model_validate({"from": bar * width + 1, "to": (bar + 1) * width, "samples": count})
+        for bar, count in enumerate(counts)
     ]
 
 
-def _quarantine(path: Path) -> dict[str, Any]:
-    meta_file = path / TOKENS_DIRECTORY / "tokens.json"
-    if not meta_file.is_file():
-        return {"rows": None, "reasons": {}}
-    meta = read_json_object(meta_file, _MAX_TOKENS_META_BYTES)
-    reasons = meta.get("reasons")
-    return {
-        "rows": meta.get("num_quarantined"),
-        "reasons": reasons if isinstance(reasons, dict) else {},
-        "shortened": meta.get("truncated_rows"),
-    }
-
-
-def render_text(description: dict[str, Any]) -> str:
-    """Return a description as a page to read."""
-    manifest = Manifest.model_validate(description["manifest"])
-    identity = manifest.identity
-    shards, vocabulary = description["shards"], manifest.defaults.draft_vocabulary
-    state = "complete" if description["complete"] else f"{shards['total'] - shards['committed']} shards missing"
-    per_token = description["bytes_per_token"]
-    raw = sum(description["raw_field_bytes"].values())
-    stored = description["shard_bytes"]
-    capture = identity.capture
-    rows = [
-        ("cache", f"{description['path']}  ({state})"),
-        ("target", f"{identity.target.id}  {identity.target.architecture}, revision {identity.target.revision or '-'}"),
-        ("", f"{identity.target.num_layers} layers, H {identity.target.hidden_size}, V {identity.target.vocab_size}"),
-        ("data", ", ".join(source.name for source in identity.dataset.sources)),
-        ("samples", f"{description['samples']:,} of {identity.dataset.num_samples:,} in {shards['committed']} shards"),
-        ("tokens", f"{description['tokens']:,}, supervised {_share(description['supervised_tokens'], description)}"),
-        ("aux layers", f"{' '.join(map(str, capture.aux_layer_ids))}  (outputs of decoder layers, 0-based)"),
-        ("stored as", f"{capture.dtype} {capture.state_encoding}, target {capture.target_encoding}"),
-        ("draft vocabulary", f"{vocabulary.size:,} tokens, {vocabulary.coverage:.2%} of supervised tokens"),
-        ("size", f"{_bytes(stored)} in shards, {_bytes(description['companion_bytes'])} beside them"),
-        ("per token", f"{_bytes(per_token)}, {stored / raw:.2f} of raw states" if per_token else "-"),
-        ("left out", _left_out(description)),
-        ("identity", description["identity_digest"]),
-    ]
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    lines += ["", "bytes by column"]
-    columns = sorted(description["column_bytes"].items(), key=lambda item: -item[1])
-    lines += [f"  {name:<28} {_bytes(size):>10}  {size / max(stored, 1):6.1%}" for name, size in columns]
-    lines += ["", "samples by length in tokens"]
-    most = max((bar["samples"] for bar in description["length_histogram"]), default=1)
-    for bar in description["length_histogram"]:
-        drawn = "█" * round(_BAR_WIDTH * bar["samples"] / most)
-        lines.append(f"  {bar['from']:>6}–{bar['to']:<6} {bar['samples']:>8,}  {drawn}")
-    if description["problems"]:
-        lines += ["", f"PROBLEMS ({len(description['problems'])})", *(f"  {item}" for item in description["problems"])]
-    return "\n".join(lines)
-
-
-def _share(part: int, description: dict[str, Any]) -> str:
-    return f"{part / description['tokens']:.1%}" if description["tokens"] else "-"
-
-
-def _left_out(description: dict[str, Any]) -> str:
-    reasons = {**description["quarantine"]["reasons"], **description["lost_in_capture"]}
-    if not reasons:
-        return "no row"
-    listed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
-    return f"{listed}  (see {TOKENS_DIRECTORY}/quarantine.jsonl)"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
+def _vocabulary(manifest: Manifest, index: SampleIndex) -> VocabularyFacts:
+    vocabulary = manifest.defaults.draft_vocabulary
+    supervised, in_vocab = total(index.num_supervised), total(index.num_in_vocab)
+    mass = float(index.vocab_mass.sum(dtype=np.float64))
+    note = None
+    if supervised <= 0:
+        note = "no supervised token is stored"
+    elif not in_vocab and not mass:
+        note = "the shards do not record it"
+    return VocabularyFacts(
+        size=vocabulary.size,
+        digest=vocabulary.digest,
+        supervised_tokens_share=vocabulary.coverage,
+        argmax_share=None if note else in_vocab / supervised,
+        mass_share=None if note else known(mass / supervised),
+        note=note,
+    )

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from eagle_offline import stages
 from eagle_offline.config import (
     CheckSettings,
+    ConvertSettings,
     CorpusSettings,
     EvaluateSettings,
     ExampleTargetSettings,
@@ -71,6 +72,7 @@ KINDS: dict[str, StageKind] = {
     "rewrite-answers": StageKind(RewriteSettings, stages.rewrite_answers),
     "tokenize": StageKind(TokenizeSettings, stages.tokenize),
     "precompute": StageKind(PrecomputeSettings, stages.precompute),
+    "convert": StageKind(ConvertSettings, stages.convert),
     "inspect-manifest": StageKind(InspectSettings, _inspect),
     "train": StageKind(TrainSettings, stages.train),
     "export": StageKind(ExportSettings, stages.export),

@@ -19,7 +19,7 @@ from eagle_offline.errors import DataError
 
 _READ_BYTES = 4 << 20
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".json", ".model", ".py", ".jinja")
-_RECORDED_PACKAGES = ("eagle-offline", "torch", "transformers", "pyarrow", "numcodecs", "numpy")
+_RECORDED_PACKAGES = ("eagle-offline", "torch", "transformers", "pyarrow", "zarr", "numcodecs", "zstandard", "numpy")
 
 
 def digest_bytes(content: bytes) -> str:
@@ -80,9 +80,14 @@ def _file_key(path: Path) -> str:
     return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
 
 
-def _remembered_file() -> Path:
+def user_cache_directory() -> Path:
+    """Return where things are kept that can be made again."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "eagle_offline" / "file-digests.json"
+    return Path(root) / "eagle_offline"
+
+
+def _remembered_file() -> Path:
+    return user_cache_directory() / "file-digests.json"
 
 
 def _read_remembered() -> dict[str, str]:

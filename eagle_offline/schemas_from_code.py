@@ -15,7 +15,10 @@ from pydantic import BaseModel
 from eagle_offline import config
 from eagle_offline.cache.layout import CommitRecord, FieldLayout
 from eagle_offline.cache.manifest import Manifest
+from eagle_offline.cache.repair import AsideReasons
 from eagle_offline.draft.origin import DraftOrigin
+from eagle_offline.inspection_record import Inspection
+from eagle_offline.precompute.estimate import Estimate
 from eagle_offline.serving.results import Evaluation
 from eagle_offline.text.token_table import TokenTableMeta
 from eagle_offline.train_settings import TrainSettings
@@ -25,12 +28,18 @@ _RECORDS: dict[str, type[BaseModel]] = {
     "manifest": Manifest,
     "commit-record": CommitRecord,
     "field-layout": FieldLayout,
+    "aside-reasons": AsideReasons,
     "token-table": TokenTableMeta,
     "metrics-row": MetricsRow,
     "draft-origin": DraftOrigin,
     "evaluation": Evaluation,
+    "estimate": Estimate,
+    "inspection": Inspection,
     "tokenize-settings": config.TokenizeSettings,
     "precompute-settings": config.PrecomputeSettings,
+    "verify-settings": config.VerifySettings,
+    "repair-settings": config.RepairSettings,
+    "convert-settings": config.ConvertSettings,
     "train-settings": TrainSettings,
     "export-settings": config.ExportSettings,
     "evaluate-settings": config.EvaluateSettings,

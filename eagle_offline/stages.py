@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,15 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from eagle_offline.cache.layout import TOKENS_DIRECTORY
 from eagle_offline.config import (
     CheckSettings,
+    ConvertSettings,
     CorpusSettings,
+    EstimateSettings,
     EvaluateSettings,
     ExampleTargetSettings,
     ExportSettings,
     PlotSettings,
     PrecomputeSettings,
+    RepairSettings,
     ReportSettings,
     RewriteSettings,
     TokenizeSettings,
+    VerifySettings,
 )
 from eagle_offline.durable import exclusive, make_directory, require_writable
 from eagle_offline.errors import StoppedEarly, UsageError
@@ -29,7 +36,12 @@ from eagle_offline.train_settings import TrainSettings
 
 # torch and transformers are imported by the stage that needs them: inspecting a cache needs neither.
 if TYPE_CHECKING:
+    from eagle_offline.cache.manifest import Manifest
+    from eagle_offline.cache.publishing import Publisher
+    from eagle_offline.cache.repair import Repair
+    from eagle_offline.cache.verify import Verification
     from eagle_offline.draft.warm_start import DraftWeights
+    from eagle_offline.precompute.estimate import Estimate
     from eagle_offline.serving.check import CheckReport
     from eagle_offline.serving.drafts import ServedDraft
     from eagle_offline.serving.results import Evaluation
@@ -87,41 +99,155 @@ def precompute(settings: PrecomputeSettings) -> dict[str, Any]:
     Raises:
         EagleOfflineError: see `eagle_offline.errors`; committed shards always stay.
     """
-    from eagle_offline.precompute.fill import fill
-    from eagle_offline.precompute.plan import (
-        check_output_directory,
-        check_settings,
-        plan_cache,
-        refuse_other_settings,
-        summarize,
-    )
+    if settings.store_url is not None:
+        return _precompute_to_store(settings, settings.store_url)
+    return _precompute(settings, None)
 
+
+def _precompute_to_store(settings: PrecomputeSettings, url: str) -> dict[str, Any]:
+    """Make a cache in a directory of this machine and bring it up to an object store, shard after shard."""
+    from eagle_offline.cache.publishing import Publisher
+    from eagle_offline.precompute.plan import OWN_ENTRIES
+
+    # One a process: what one has made and not brought up yet is no business of another.
+    staging = settings.output_dir / f"{settings.process_index}-of-{settings.process_count}"
+    make_directory(staging)
+    with exclusive(staging, "filling this cache"):
+        publisher = Publisher(url, staging)
+        publisher.take_up(OWN_ENTRIES)
+        # A dry run leaves no trace in the store.
+        with publisher.in_its_name(), nullcontext() if settings.dry_run else publisher.reported_status():
+            result = _precompute(settings.model_copy(update={"output_dir": staging}), publisher)
+    return {**result, "cache": url}
+
+
+def _precompute(settings: PrecomputeSettings, publisher: Publisher | None) -> dict[str, Any]:
+    from eagle_offline.precompute.fill import fill
+    from eagle_offline.precompute.plan import check_output_directory, plan_cache, summarize
+
+    say_top_k_costs(settings.target_encoding)
     recorded = check_output_directory(settings)
     with (
         reported_status(settings.output_dir, settings.process_index, settings.process_count),
         StopRequest(settings.grace_seconds) as stop,
     ):
-        check_settings(settings)
-        tokenizer = load_text(settings)
-        if recorded is not None:
-            refuse_other_settings(settings, tokenizer, recorded)
-        table = tokenize(settings, tokenizer, stop)
-        say_left_out(table)
+        tokenizer, table = _tokenize_for(settings, recorded, stop)
         plan = plan_cache(settings, table, tokenizer, recorded)
         if not settings.dry_run:
-            fill(plan, recorded, stop)
+            fill(plan, recorded, stop, publisher)
         return summarize(plan, settings.output_dir)
 
 
-def inspect_manifest(cache: Path, *, verify: bool = False) -> dict[str, Any]:
-    """Return what a cache is and how complete it is; with ``verify`` also what is wrong with it.
+def say_top_k_costs(target_encoding: str | None) -> None:
+    """Write one line to stderr if a cache is to keep the largest probabilities alone."""
+    if target_encoding == "topk":
+        sys.stderr.write(
+            "warning: --target-encoding topk keeps the largest probabilities only; a draft trained on them has fewer "
+            "tokens accepted under sampling than one trained on factored or dense\n"
+        )
+
+
+def convert(settings: ConvertSettings) -> dict[str, Any]:
+    """Write a complete cache anew, in another encoding, format or shard size, or a part of it; return it in numbers.
 
     Raises:
-        DataError: no cache there. MismatchError: of another version.
+        EagleOfflineError: see `eagle_offline.errors`; committed shards always stay.
+    """
+    from eagle_offline.cache.convert import check_output_directory, convert_cache, plan_conversion, summarize
+
+    recorded = check_output_directory(settings)
+    if settings.dry_run:
+        return summarize(plan_conversion(settings, recorded))
+    with (
+        reported_status(settings.output_dir, settings.process_index, settings.process_count),
+        StopRequest(settings.grace_seconds) as stop,
+    ):
+        plan = plan_conversion(settings, recorded)
+        say_top_k_costs(plan.settings.target_encoding)
+        convert_cache(plan, recorded, stop)
+        return summarize(plan)
+
+
+def _tokenize_for(settings: PrecomputeSettings, recorded: Manifest | None, stop: StopRequest) -> tuple[Any, TokenTable]:
+    """Return tokenizer and tokens of a precompute, once its settings are known to be possible."""
+    from eagle_offline.precompute.plan import check_settings, refuse_other_settings
+
+    check_settings(settings)
+    tokenizer = load_text(settings)
+    if recorded is not None:
+        refuse_other_settings(settings, tokenizer, recorded)
+    table = tokenize(settings, tokenizer, stop)
+    say_left_out(table)
+    return tokenizer, table
+
+
+def estimate(settings: EstimateSettings) -> Estimate:
+    """Return what a precompute would cost by every choice; nothing is written but tokens, and those on request.
+
+    Raises:
+        EagleOfflineError: see `eagle_offline.errors`.
+    """
+    from eagle_offline.precompute.estimate import estimate_cache
+    from eagle_offline.precompute.plan import check_output_directory
+
+    with StopRequest(0) as stop:
+        if settings.output_dir is not None:
+            recorded = check_output_directory(settings)
+            tokenizer, table = _tokenize_for(settings, recorded, stop)
+            return estimate_cache(settings, table, tokenizer, settings.output_dir, stop)
+        with tempfile.TemporaryDirectory(prefix="eagle-offline-") as scratch:
+            elsewhere = settings.model_copy(update={"output_dir": Path(scratch)})
+            tokenizer, table = _tokenize_for(elsewhere, None, stop)
+            return estimate_cache(settings, table, tokenizer, Path.cwd(), stop)
+
+
+def inspect_manifest(cache: Path, *, verify: bool = False, sample: int | None = None) -> dict[str, Any]:
+    """Return what a cache is, how complete it is and one sample as text; with ``verify`` also what is wrong.
+
+    Raises:
+        DataError: no cache there. MismatchError: of another version. UsageError: no such sample.
     """
     from eagle_offline.inspection import describe_cache
 
-    return describe_cache(cache, verify=verify)
+    return describe_cache(cache, verify=verify, sample=sample)
+
+
+def verify(settings: VerifySettings) -> Verification:
+    """Read a whole cache and return what is wrong with it.
+
+    Raises:
+        DataError, MismatchError: there is no readable manifest. StoppedEarly: asked to stop.
+    """
+    from eagle_offline.cache.verify import check_cache
+
+    with _verifying(settings) as arguments:
+        return check_cache(settings.cache, **arguments)
+
+
+def repair(settings: RepairSettings) -> Repair:
+    """Set everything damaged in a cache aside; return what was, and which command makes it again.
+
+    Raises:
+        EagleOfflineError: see `eagle_offline.errors`.
+    """
+    from eagle_offline.cache.repair import repair_cache
+
+    with _verifying(settings) as arguments:
+        return repair_cache(settings.cache, dry_run=settings.dry_run, **arguments)
+
+
+@contextmanager
+def _verifying(settings: VerifySettings) -> Iterator[dict[str, Any]]:
+    """Show progress, and listen for signals, while a cache is read; yield what `check_cache` takes for it."""
+    from eagle_offline.cache.writer import committed_shards
+
+    num_shards = len(committed_shards(settings.cache)) if settings.cache.is_dir() else 0
+    with Progress("verify", num_shards, unit="shards") as progress, StopRequest(0) as stop:
+        yield {
+            "num_workers": settings.num_workers,
+            "report": lambda done, _: progress.reach(done),
+            "stopped": lambda: stop.requested,
+        }
 
 
 def train(settings: TrainSettings) -> dict[str, Any]:

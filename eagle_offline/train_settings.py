@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ByteSize, field_validator, model_validator
 
-from eagle_offline.config import Settings, listed, setting
+from eagle_offline.config import Location, Settings, listed, setting
 from eagle_offline.errors import UsageError
 
 REPORTERS = ("tensorboard", "wandb")
@@ -16,9 +16,9 @@ REPORTERS = ("tensorboard", "wandb")
 class RunSettings(Settings):
     """What is trained on, for how long, and what is written."""
 
-    cache: tuple[Path, ...] = setting(
+    cache: tuple[Location, ...] = setting(
         ...,
-        "Cache to train from; several of one target are mixed.",
+        "Cache to train from, a directory or URL; several of one target are mixed.",
         flags=("--cached-target-path",),
         min_length=1,
     )
@@ -26,7 +26,7 @@ class RunSettings(Settings):
         None, "How often an epoch goes through each cache, such as 1 0.5; default once through all."
     )
     output_dir: Path = setting(..., "Where checkpoints and metrics go.")
-    heldout_cache: Path | None = setting(None, "Cache to validate on instead of a share of --cache.")
+    heldout_cache: Location | None = setting(None, "Cache to validate on instead of a share of --cache.")
     heldout_share: float = setting(
         0.02, "Share of the documents kept out of training, unless --heldout-cache is given.", ge=0, lt=1
     )
@@ -45,6 +45,10 @@ class RunSettings(Settings):
     device: str | None = setting(None, "Torch device; default cuda if there is one, else cpu.")
     recompute: bool = setting(False, "Recompute each unroll step when going back: less memory, a third more time.")
     deterministic: bool = setting(False, "On CUDA, kernels with a fixed order only, so that resuming is bit-exact.")
+    local_cache: Path | None = setting(
+        None, "Where shards of a cache in an object store are kept on this machine; default in the user's cache."
+    )
+    local_cache_size: ByteSize = setting(ByteSize(100 * 10**9), "How much of them, such as 200GB.", gt=0)
     num_workers: int = setting(2, "Threads that read and lay out packs ahead.", gt=0)
     eval_every: int | None = setting(None, "Validate every so many steps; default once an epoch.", gt=0)
     early_stopping: int | None = setting(

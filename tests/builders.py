@@ -269,6 +269,8 @@ def leftovers(directory: Path) -> list[str]:
             name in own or name in committed or name.startswith(("commit-", "status-", "index-"))
         ):
             continue
+        if place.parts[0] in committed:  # a shard that is a directory
+            continue
         if len(place.parts) == 2 and place.parts[0] in ("target", "vocab") and not name.startswith("."):
             continue
         if len(place.parts) == 2 and place.parts[0] == "tokens" and name in tokens:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks import (
     ablation,
+    accept_by_encoding,
+    accept_lengths,
     cache_size,
     data_wait,
     harness,
     interop,
+    open_speed,
     quickstart,
     read_speed,
     startup,
@@ -39,15 +43,48 @@ def test_startup_measures_what_it_says():
     assert figures["bare_python_seconds"] < figures["help_seconds"]
 
 
-def test_planes_are_smaller_than_raw():
-    planes, raw = (cache_size.measure(encoding, num_samples=2, hidden_size=256) for encoding in ("planes", "raw"))
-    assert planes["kib_per_token"] < 0.8 * raw["kib_per_token"]
+TINY_SIZES = cache_size.Sizes(
+    hidden_size=128, vocab_size=1024, draft_vocab_size=256, seq_length=256, num_samples=3, num_compared=32
+)
+
+
+def test_cache_size_measures_every_choice():
+    found = {name: cache_size.measure(choice, TINY_SIZES) for name, choice in cache_size.CHOICES.items()}
+    sizes = {name: figures["kib_per_token"] for name, figures in found.items()}
+    assert sizes["planes, 2 mantissa bits"] < sizes["planes, 4 mantissa bits"] < sizes["planes"] < sizes["raw"]
+    assert sizes["planes, top 64"] < sizes["planes, dense"]
+    exact = [figures for name, figures in found.items() if name.startswith(("planes, zarr", "raw"))]
+    assert all(figures["aux_error"] == figures["kl_mean"] == 0 for figures in [found["planes"], *exact])
+    assert found["fp8"]["aux_error_without_massive"] > 0
+    assert 0 < found["planes, 4 mantissa bits"]["kl_mean"] < found["planes, 2 mantissa bits"]["kl_mean"]
+
+
+def test_cache_size_does_not_depend_on_threads():
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            cache_size._corpus.cache_clear()
+            found.append(cache_size.measure(cache_size.CHOICES["planes, dense"], TINY_SIZES))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
 
 
 def test_read_speed_reads_every_encoding():
-    for encoding in ("raw", "planes"):
-        figures = read_speed.measure(encoding, num_samples=2, hidden_size=64, repeats=1)
-        assert all(value > 0 for value in figures.values())
+    small = {"num_samples": 2, "hidden_size": 64, "repeats": 1}
+    for choice in read_speed._CHOICES.values():
+        assert all(value > 0 for value in read_speed.measure(choice, **small).values())
+    assert all(value > 0 for value in read_speed.measure_threads(read_speed._CHOICES["planes"], 2, **small).values())
+    assert all(value > 0 for value in read_speed.compare_fp8(**small).values())
+
+
+def test_open_speed_opens_with_the_index_and_without():
+    figures = open_speed.measure(num_shards=3, shard_size=5)
+    assert figures["samples"] == 15
+    assert all(value > 0 for value in figures.values())
 
 
 TINY = synthetic_cache.Shape(
@@ -102,8 +139,8 @@ def test_quickstart_row_reads_what_a_pipeline_achieved(tmp_path):
     assert figures["decoded_real_over_walked"] == 1
 
 
-@pytest.mark.slow
-def test_ablation_judges_every_seed_by_itself(tmp_path, monkeypatch):
+def _micro_example(tmp_path, monkeypatch):
+    """Return an example with a corpus, a target and a cache that trains and validates."""
     pipeline, example = tmp_path / "micro.yaml", tmp_path / "example"
     pipeline.write_text(MICRO_PIPELINE.split("  - train:")[0])
     run_pipeline(pipeline, example, announce=lambda _: None)
@@ -112,23 +149,56 @@ def test_ablation_judges_every_seed_by_itself(tmp_path, monkeypatch):
         (example / wanted).symlink_to(example / made)
     # The same samples to train and to validate on would be refused: here only decoding is looked at.
     monkeypatch.setattr(corpus, "_refuse_repeated", lambda *_: None)
-    training = {**ablation.TRAINING, "ttt_steps": 2, "max_steps": 1, "tokens_per_batch": 512}
+    return example
+
+
+@pytest.mark.slow
+def test_ablation_judges_every_seed_by_itself(tmp_path, monkeypatch):
+    example = _micro_example(tmp_path, monkeypatch)
+    training = {**accept_lengths.TRAINING, "ttt_steps": 2, "max_steps": 1, "tokens_per_batch": 512}
     found = [ablation.measure(example, tmp_path, training, "step_decay 1.0", seed) for seed in (0, 1)]
     assert found[0] != found[1]
     assert all(figures["accept_length_greedy"] >= 1 for figures in found)
     assert found[0] == ablation.measure(example, tmp_path, training, "step_decay 1.0", 0), "done once"
 
 
-def test_the_ablation_table_pairs_seeds(tmp_path, monkeypatch):
-    rows = []
-    for case, lengths in ((ablation.BASELINE, (3.0, 3.2, 3.4)), ("fc_norm", (3.1, 3.4, 3.4))):
-        figures = {"accept_length_greedy": sum(lengths) / 3, "accept_length_sampled": sum(lengths) / 3}
-        for way in ("greedy", "sampled"):
+@pytest.mark.slow
+def test_accept_by_encoding_trains_on_what_it_converted(tmp_path, monkeypatch):
+    example = _micro_example(tmp_path, monkeypatch)
+    training = {**accept_lengths.TRAINING, "ttt_steps": 2, "max_steps": 1, "tokens_per_batch": 512}
+    names = ["fp8", "top 8"]
+    for _ in ("made", "made before"):
+        accept_by_encoding.make_caches(example, tmp_path, names)
+    for name in names:
+        figures = accept_by_encoding.measure(example, tmp_path, training, name, 0)
+        assert figures["accept_length_greedy"] >= 1
+
+
+class _DoneWork:
+    """Accept lengths by seed, as `accept_lengths.Work` gives them."""
+
+    def figures(self, name):
+        lengths = (3.0, 3.2, 3.4) if name == accept_lengths.BASELINE else (3.1, 3.4, 3.4)
+        figures = {f"accept_length_{way}": sum(lengths) / 3 for way in accept_lengths.WAYS}
+        for way in accept_lengths.WAYS:
             figures |= {f"accept_length_{way}_seed{seed}": value for seed, value in enumerate(lengths)}
-        rows.append(Row(benchmark="ablation", case=case, figures=figures, environment={}, code="", measured_at=""))
+        return figures
+
+
+@pytest.mark.parametrize(("benchmark", "case"), [(ablation, "fc_norm"), (accept_by_encoding, "fp8")])
+def test_tables_of_accept_lengths_pair_seeds(benchmark, case, tmp_path, monkeypatch):
+    rest = {"benchmark": benchmark.NAME, "environment": {}, "code": "", "measured_at": ""}
+    rows = [Row(case=name, figures=_DoneWork().figures(name), **rest) for name in (accept_lengths.BASELINE, case)]
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    harness.results_file("ablation", "cpu").write_text("".join(row.model_dump_json() + "\n" for row in rows))
-    assert "| fc_norm | 3.30 | +0.10 ± 0.10 | 3.30 | +0.10 ± 0.10 |" in ablation.table().splitlines()
+    harness.results_file(benchmark.NAME, "cpu").write_text("".join(row.model_dump_json() + "\n" for row in rows))
+    assert f"| {case} | 3.30 | +0.10 ± 0.10 | 3.30 | +0.10 ± 0.10 |" in benchmark.table().splitlines()
+
+
+def test_accept_by_encoding_says_differences_by_seed():
+    figures = accept_by_encoding.figures_of("fp8", _DoneWork())
+    assert [figures[f"difference_greedy_seed{seed}"] for seed in accept_lengths.SEEDS] == [0.1, 0.2, 0]
+    assert (figures["difference_greedy"], figures["difference_greedy_deviation"]) == (0.1, 0.1)
+    assert "difference_greedy" not in accept_by_encoding.figures_of(accept_lengths.BASELINE, _DoneWork())
 
 
 def test_what_interop_compares_is_a_draft_in_both_layouts(tmp_path):

@@ -52,6 +52,8 @@ def test_help_has_every_setting_its_aliases_its_default_and_an_example(name):
     text = run_cli(name, "--help").out
     assert f"eagle-offline {name} --" in text.split("Examples:")[1]
     for field, info in SETTINGS[name].model_fields.items():
+        if (info.json_schema_extra or {}).get("hidden"):
+            continue
         flag = "--" + field.replace("_", "-")
         assert flag in text, flag
         for alias in (info.json_schema_extra or {}).get("flags", []):

@@ -1,9 +1,9 @@
 """Codes of one to eight bits, packed: groups of 8, 4, 2 and 1 bits side by side in a row.
 
-A code of ``b`` bits is cut into groups by the binary digits of ``b``, high bits first: 5 = 4 + 1, 6 = 4 + 2. Within a
-group of ``g`` bits a byte holds ``8 / g`` codes that stand far apart: with ``W`` the width rounded up to a multiple of
-8, byte ``j`` has code ``j + i · W·g/8`` in its bits ``i·g`` and up. So a row is packed and unpacked by whole slices,
-with no step from value to value.
+A code of ``b`` bits is cut into groups by the binary digits of ``b``, high bits first: 5 = 4 + 1, 6 = 4 + 2. Within
+a group of ``g`` bits a byte holds ``8 / g`` codes that stand far apart: with ``W`` the width rounded up to a multiple
+of 8 (for ``b`` below 8), byte ``j`` has code ``j + i · W·g/8`` in its bits ``i·g`` and up. So a row is packed and
+unpacked by whole slices, with no step from value to value.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-from numcodecs import zstd
 
-from eagle_offline.cache.encodings import encoding_of
+from eagle_offline.cache import frames
+from eagle_offline.cache.encodings import Column, encoding_of
 from eagle_offline.cache.encodings import torch_dtype as dtype_named
 from eagle_offline.cache.layout import EXACT_MANTISSA_BITS, FieldLayout
 from eagle_offline.errors import DataError
@@ -17,20 +17,20 @@ from eagle_offline.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-# Level 1 is within 3% of the exponent plane's entropy; higher levels cost time and save nothing.
 ZSTD_LEVEL = 1
+frame_content_size = frames.content_size
 
 # What zstd leaves of exponents, measured on real and on synthetic states.
 TYPICAL_COMPRESSED_SHARE = 0.44
 
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-
 
 def column_names(field: FieldLayout) -> list[str]:
     """Return the columns that a field is stored in."""
-    return [
-        f"{field.name}.{column.suffix}" if column.suffix else field.name for column in encoding_of(field).columns(field)
-    ]
+    return [_column_name(field, column) for column in encoding_of(field).columns(field)]
+
+
+def _column_name(field: FieldLayout, column: Column) -> str:
+    return f"{field.name}.{column.suffix}" if column.suffix else field.name
 
 
 def plane_widths(field: FieldLayout) -> tuple[int, ...]:
@@ -63,7 +63,8 @@ def encode(field: FieldLayout, values: torch.Tensor, *, framed: bool = True) -> 
     """Return the stored bytes of ``values`` ``[n, width]``, one object a column.
 
     Args:
-        field: how to store it; wider values are rounded to its dtype.
+        field: how to store it; what is wider than its dtype is rounded, by ``fp8`` and ``topk`` after they have chosen
+            their scale and their places.
         values: on the CPU.
         framed: columns that compress become zstd frames; a format that compresses by itself wants them plain.
     """
@@ -71,51 +72,63 @@ def encode(field: FieldLayout, values: torch.Tensor, *, framed: bool = True) -> 
     stored: list[bytes | memoryview] = []
     for column, plane in zip(encoding.columns(field), encoding.encode(field, values), strict=True):
         content = plane.tobytes()
-        stored.append(zstd.compress(content, ZSTD_LEVEL) if framed and column.compressible else content)
+        stored.append(frames.compress(content) if framed and column.compressible else content)
     return stored
 
 
 def unpack(field: FieldLayout, stored: Sequence[memoryview], num_rows: int, *, framed: bool = True) -> list[np.ndarray]:
-    """Return a field's columns decompressed, each uint8 ``[num_rows, …]``; nothing beyond the expected size is made.
+    """Return a field's columns decompressed, each uint8 ``[num_rows, …]``; what was not compressed as a view.
 
     Args:
         framed: as they were encoded.
 
     Raises:
-        DataError: the stored bytes do not hold ``num_rows`` rows.
+        DataError: the stored bytes do not hold ``num_rows`` rows; nothing beyond the expected size is made.
     """
     unpacked = []
-    for column, name, content in zip(encoding_of(field).columns(field), column_names(field), stored, strict=True):
-        size = num_rows * column.row_bytes
-        plane = _decompressed(name, content, size) if framed and column.compressible else content
-        if len(plane) != size:
-            raise DataError(f"{name}: {len(plane)} bytes stored, expected {num_rows} rows of {column.row_bytes}")
-        unpacked.append(np.frombuffer(plane, np.uint8).reshape(num_rows, column.row_bytes))
+    for column, content in zip(encoding_of(field).columns(field), stored, strict=True):
+        if framed and column.compressible:
+            # Of Arrow's pool, which gives the same memory again: pages of fresh memory cost as much as filling them.
+            memory = pa.allocate_buffer(num_rows * column.row_bytes)
+            plane = np.frombuffer(memory, np.uint8).reshape(num_rows, column.row_bytes)
+            _fill(field, column, content, plane, framed=True)
+        else:
+            _check_size(field, column, content, num_rows)
+            plane = np.frombuffer(content, np.uint8).reshape(num_rows, column.row_bytes)
+        unpacked.append(plane)
     return unpacked
 
 
-def _decompressed(name: str, frame: memoryview, size: int) -> memoryview:
-    if frame_content_size(frame) != size:
-        raise DataError(f"{name}: not one zstd frame of {size} bytes")
-    try:
-        # Arrow's decoder, because it works without Python's lock: readers run beside one another and beside a step.
-        return memoryview(pa.decompress(frame, size, codec="zstd"))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name}: does not decompress to {size} bytes") from error
+def unpack_into(
+    field: FieldLayout, stored: Sequence[memoryview], places: Sequence[np.ndarray], *, framed: bool = True
+) -> None:
+    """Fill ``places``, uint8 ``[num_rows, …]`` each, with a field's columns decompressed.
+
+    Args:
+        framed: as they were encoded.
+
+    Raises:
+        DataError: the stored bytes do not hold so many rows.
+    """
+    for column, content, place in zip(encoding_of(field).columns(field), stored, places, strict=True):
+        _fill(field, column, content, place, framed=framed)
 
 
-def frame_content_size(frame: memoryview) -> int | None:
-    """Return the size a zstd frame declares in its header, None where it declares none (RFC 8878, 3.1.1)."""
-    if len(frame) < 6 or bytes(frame[:4]) != _ZSTD_MAGIC:
-        return None
-    descriptor = frame[4]
-    single_segment, dictionary_flag = descriptor >> 5 & 1, descriptor & 3
-    size_bytes = (1 if single_segment else 0, 2, 4, 8)[descriptor >> 6]
-    if not size_bytes:
-        return None
-    start = 5 + (0 if single_segment else 1) + (0, 1, 2, 4)[dictionary_flag]
-    size = int.from_bytes(frame[start : start + size_bytes], "little")
-    return size + 256 if size_bytes == 2 else size
+def _fill(field: FieldLayout, column: Column, content: memoryview, place: np.ndarray, *, framed: bool) -> None:
+    if framed and column.compressible:
+        try:
+            frames.decompress_into(content, place.reshape(-1))
+        except DataError as error:
+            raise DataError(f"{_column_name(field, column)}: {error}") from error
+    else:
+        _check_size(field, column, content, len(place))
+        place[...] = np.frombuffer(content, np.uint8).reshape(place.shape)
+
+
+def _check_size(field: FieldLayout, column: Column, content: memoryview, num_rows: int) -> None:
+    if len(content) != num_rows * column.row_bytes:
+        name = _column_name(field, column)
+        raise DataError(f"{name}: {len(content)} bytes stored, expected {num_rows} rows of {column.row_bytes}")
 
 
 def merge(field: FieldLayout, planes: Sequence[torch.Tensor]) -> torch.Tensor:

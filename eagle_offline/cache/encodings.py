@@ -11,7 +11,8 @@ largest finite value takes what would overflow. A low code is the mantissa's kep
     exponent    eeeeeeee               one byte a value, as a zstd frame where the format compresses
     low code    mmmmmmm s              8 bits; with 4 mantissa bits mmmm s, 5 bits
 
-``fp8`` is e4m3 (no infinities), one byte a value, and a float32 scale a row: the row's largest magnitude over 448.
+``fp8`` is e4m3 (no infinities), one byte a value, and a float32 scale a row: the row's largest magnitude over 448, or
+1 where that is too small to divide by.
 
 ``topk`` keeps the ``k`` largest of a row of probabilities with their places, ascending, and the mass of all others;
 they come back with that mass spread evenly over the places that were left out.
@@ -37,6 +38,9 @@ MERGED_VALUES = 1 << 17
 
 # Largest finite value of e4m3 without infinities.
 _FP8_MAX = 448.0
+
+# Float32's exponent has a bias of 127, e4m3's of 7.
+_FP8_BIAS_FACTOR = np.float32(2.0**120)
 
 _BF16_INFINITY = 0x7F80
 
@@ -196,7 +200,30 @@ class _Fp8:
         return (codes.float() * scale).to(torch_dtype(field.dtype))
 
     def merge_into(self, field: FieldLayout, planes: Sequence[np.ndarray], out: np.ndarray) -> None:
-        _merge_blocks(self, field, planes, out)
+        import torch
+
+        # Sign, exponent and mantissa are moved to where float32 has them, and a product makes up for the exponent's
+        # bias: the values that a cast gives, four times as fast on a CPU.
+        block = max(1, MERGED_VALUES // field.width)
+        words = np.empty((min(block, len(out)), field.width), np.uint32)
+        signs = np.empty_like(words)
+        scales = planes[1].copy().view("<f4") if len(out) else planes[1]
+        for start in range(0, len(out), block):
+            codes = planes[0][start : start + block]
+            word, sign = words[: len(codes)], signs[: len(codes)]
+            word[...] = codes
+            np.left_shift(word, 24, out=sign)
+            np.bitwise_and(sign, 0x80000000, out=sign)
+            np.bitwise_and(word, 0x7F, out=word)
+            np.left_shift(word, 20, out=word)
+            np.bitwise_or(word, sign, out=word)
+            values = word.view(np.float32)
+            with np.errstate(over="ignore", invalid="ignore"):  # a stranger's bytes may say anything
+                np.multiply(values, _FP8_BIAS_FACTOR, out=values)
+                np.multiply(values, scales[start : start + block], out=values)
+            # No encoder writes them; whoever did means what the cast gives.
+            np.copyto(values, np.nan, where=(codes & 0x7F) == 0x7F)
+            out[start : start + block] = bytes_of(torch.from_numpy(values).to(torch_dtype(field.dtype)))
 
 
 class _TopK:
@@ -211,9 +238,10 @@ class _TopK:
     def encode(self, field: FieldLayout, values: torch.Tensor) -> list[np.ndarray]:
 
         wide = values.float()
-        places = wide.topk(_top_k(field), dim=1).indices.sort(dim=1).values
+        places = _largest(wide, _top_k(field))
         probs = wide.gather(1, places)
-        tail = (wide.sum(dim=1, keepdim=True) - probs.sum(dim=1, keepdim=True)).clamp_min(0)
+        # Summed by itself, and wide: a difference of two sums near 1 would leave no digit of a small tail.
+        tail = wide.double().scatter_(1, places, 0.0).sum(dim=1, keepdim=True).float()
         stored_places = np.ascontiguousarray(places.numpy().astype(_place_dtype(field)))
         return [bytes_of(probs.to(torch_dtype(field.dtype))), _row_bytes(stored_places), bytes_of(tail)]
 
@@ -236,6 +264,17 @@ class _TopK:
 def _top_k(field: FieldLayout) -> int:
     assert field.top_k is not None
     return field.top_k
+
+
+def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Return int64 ``[n, count]``: the places of each row's largest values, ascending; of equals the lower ones."""
+    # What is no number compares with nothing; it is refused elsewhere.
+    values = values.nan_to_num(nan=float("inf"), posinf=float("inf"))
+    smallest = values.topk(count, dim=1).values[:, -1:]
+    above, equal = values > smallest, values == smallest
+    wanted = count - above.sum(dim=1, keepdim=True)
+    chosen = above | equal & (equal.cumsum(dim=1) <= wanted)
+    return chosen.nonzero()[:, 1].view(len(values), count)
 
 
 def _place_dtype(field: FieldLayout) -> np.dtype:

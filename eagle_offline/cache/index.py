@@ -7,6 +7,7 @@ is damaged, or that does not name exactly the shards that stand there, is left a
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields
@@ -17,7 +18,16 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, TypeAdapter, ValidationError
 
-from eagle_offline.cache.layout import CommitRecord, Count, Digest, Frozen, SampleTable, ShardFile
+from eagle_offline.cache.layout import (
+    CommitRecord,
+    Count,
+    Digest,
+    EncodingError,
+    Frozen,
+    LostSample,
+    SampleTable,
+    ShardFile,
+)
 from eagle_offline.durable import create_exclusively
 from eagle_offline.errors import DataError
 from eagle_offline.provenance import digest_bytes
@@ -39,13 +49,16 @@ _COLUMNS: dict[str, Any] = {
 
 
 class ShardEntry(Frozen):
-    """A committed shard: its number, file, size, digest, and how many samples it holds."""
+    """A committed shard: how many samples it holds, and of its record what is not the samples'."""
 
     shard: Count
     file: ShardFile
     file_bytes: int = Field(ge=0)
     digest: Digest
     num_samples: Count
+    lost: list[LostSample]
+    column_bytes: dict[str, int]
+    encoding_errors: dict[str, EncodingError]
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,9 @@ def index_of(records: Iterable[CommitRecord]) -> SampleIndex:
                 file_bytes=record.file_bytes,
                 digest=record.digest,
                 num_samples=len(record.samples),
+                lost=record.lost,
+                column_bytes=record.column_bytes,
+                encoding_errors=record.encoding_errors,
             )
         )
         for name, dtype in _COLUMNS.items():
@@ -100,7 +116,8 @@ def index_of(records: Iterable[CommitRecord]) -> SampleIndex:
 
 def _column(samples: SampleTable, name: str, dtype: Any) -> np.ndarray:
     values = getattr(samples, name)
-    return np.array([int(value, 16) for value in values] if name == "digest" else values, dtype)
+    with np.errstate(over="ignore"):  # what no sample has is infinite, not a warning
+        return np.array([int(value, 16) for value in values] if name == "digest" else values, dtype)
 
 
 def index_names(names: Iterable[str]) -> list[str]:
@@ -134,21 +151,21 @@ def drop_indexes(directory: Path, but: str | None = None) -> None:
 
 
 def read_index(
-    directory: Path, names: Collection[str], committed: list[int], identity_digest: str
+    directory: Path, names: Collection[str] | None, committed: list[int], identity_digest: str
 ) -> SampleIndex | None:
     """Return the index that stands in a directory, None when there is none that can be relied on.
 
     Args:
         directory: where the index lies.
-        names: what stands in the cache.
+        names: what stands in the cache, shards among them; None for what the directory holds, shards not looked for.
         committed: the shards that have a commit record, in order.
         identity_digest: of the manifest.
     """
-    for name in index_names(names):
+    for name in index_names(os.listdir(directory) if names is None else names):
         index = _read(directory / name, identity_digest)
         if index is None or [entry.shard for entry in index.entries] != committed:
             continue
-        if all(entry.file in names for entry in index.entries):
+        if names is None or all(entry.file in names for entry in index.entries):
             return index
     return None
 
@@ -179,7 +196,8 @@ def _parsed(content: pa.Buffer, identity_digest: str) -> SampleIndex | None:
         column = batch.column(name)
         if column.type != pa.from_numpy_dtype(dtype) or column.null_count:
             return None
-        arrays[name] = column.to_numpy(zero_copy_only=True)
+        # Not by `to_numpy`, which imports pandas.
+        arrays[name] = np.from_dlpack(column)
     if sum(entry.num_samples for entry in entries) != batch.num_rows:
         return None
     assert {field.name for field in fields(SampleIndex)} == {"entries", *arrays}

@@ -53,6 +53,11 @@ def shard_file(shard: int, digest: str, format_: str) -> str:
     return f"shard-{shard:06d}-{digest}.{format_}"
 
 
+def repair_way_out(cache: object) -> str:
+    """Return the way out of damage that a cache's own inputs make good; ``cache`` is its directory or URL."""
+    return f"eagle-offline repair {cache} sets it aside and says how it is made again"
+
+
 class Frozen(BaseModel):
     """A record that is validated when it enters and never changes."""
 

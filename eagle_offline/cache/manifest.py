@@ -100,10 +100,17 @@ class CaptureIdentity(Frozen):
 
 
 class Conversion(Frozen):
-    """The cache that this one was made from, and which of its samples: ``first:last`` in cache order."""
+    """The cache that this one was made from.
+
+    Attributes:
+        identity_digest: of that cache.
+        samples: which of its samples, ``first:last`` in cache order; None for all.
+        earlier: what that cache was made from, if it was converted itself.
+    """
 
     identity_digest: str
     samples: str | None
+    earlier: Conversion | None = None
 
 
 class Identity(Frozen):

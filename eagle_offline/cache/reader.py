@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import threading
+import weakref
 from collections import OrderedDict
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,18 +21,23 @@ from eagle_offline.cache.layout import (
     LAST_HIDDEN_STATE,
     TARGET_PROBS,
     aux_field,
+    repair_way_out,
     shard_of_record,
 )
 from eagle_offline.cache.manifest import Manifest, read_manifest
+from eagle_offline.cache.remote import is_url
 from eagle_offline.cache.samples import StoredSample, decode_fields
+from eagle_offline.cache.source import CacheSource, LocalSource, RemoteSource
 from eagle_offline.cache.writer import read_record
 from eagle_offline.errors import DataError
-from eagle_offline.provenance import digest_file
+from eagle_offline.provenance import digest_file, user_cache_directory
 
 if TYPE_CHECKING:
     import torch
 
     from eagle_offline.supervision import Head
+
+DEFAULT_LOCAL_CACHE_BYTES = 100 * 10**9
 
 # Memory maps held at once: far below the usual limit on open files.
 _MAX_OPEN_SHARDS = 128
@@ -79,21 +85,28 @@ class Cache:
 
     Samples are numbered in the order of shards and of rows inside them.
 
+    Args:
+        source: where its files are.
+        verify: check each sample's digest when it is first read.
+
     Attributes:
-        path: its directory.
+        name: what the user calls it.
+        path: its directory; of a cache in an object store, the local one that mirrors it.
         manifest: what it is.
         index: where every sample is, and what is known of it without reading it.
         missing_shards: shards that the manifest calls for and that are not committed.
         shards, lengths, sample_ids, num_target_positions: int64 ``[N]``, of each sample.
     """
 
-    def __init__(self, path: Path, *, verify: bool = True):
-        self.path = path
-        self.manifest: Manifest = read_manifest(path)
+    def __init__(self, source: CacheSource, *, verify: bool = True):
+        self._source = source
+        self.name, self.path = source.name, source.directory
+        self.manifest: Manifest = read_manifest(self.path)
+        source.bring_companions(self.manifest)
         self.index = self._read_index()
-        present = {entry.shard: entry for entry in self.index.entries}
-        self._entries = present
-        self.missing_shards = [shard for shard in range(self.manifest.identity.num_shards) if shard not in present]
+        self._entries = {entry.shard: entry for entry in self.index.entries}
+        num_shards = self.manifest.identity.num_shards
+        self.missing_shards = [shard for shard in range(num_shards) if shard not in self._entries]
         self.shards = self.index.shards
         self.lengths = self.index.num_tokens.astype(np.int64)
         self.sample_ids = self.index.sample_id.astype(np.int64)
@@ -101,19 +114,21 @@ class Cache:
         self._verify = verify
         self._touched = np.zeros(len(self), bool)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._opening: dict[int, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def _read_index(self) -> SampleIndex:
-        names = {entry.name for entry in os.scandir(self.path)}
+        names = self._source.names()
         committed = sorted(shard for name in names if (shard := shard_of_record(name)) is not None)
         identity_digest = self.manifest.identity.digest
         index = read_index(self.path, names, committed, identity_digest)
         if index is not None:
             return index
+        self._source.bring_records()
         records = [read_record(self.path, shard) for shard in committed]
         for record in records:
             if record.identity_digest != identity_digest:
-                raise DataError(f"{self.path}: shard {record.shard} was made under another manifest; {self._way_out()}")
+                raise DataError(f"{self.name}: shard {record.shard} was made under another manifest; {self._way_out()}")
         return index_of(records)
 
     def __len__(self) -> int:
@@ -176,35 +191,73 @@ class Cache:
 
     def _damage(self, index: int, what: str) -> DataError:
         file = self.shard_file(int(self.shards[index]))
-        return DataError(f"{self.path / file}: sample {self.sample_ids[index]} {what}; {self._way_out()}")
+        return DataError(f"{self.name}/{file}: sample {self.sample_ids[index]} {what}; {self._way_out()}")
 
     def shard_file(self, shard: int) -> str:
         """Return the name of a shard."""
         return self._entries[shard].file
 
     def _way_out(self) -> str:
-        return f"eagle-offline repair {self.path} sets it aside and says how it is made again"
+        return repair_way_out(self.name)
 
     def _check_companion(self, name: str) -> None:
         """Refuse a file beside the shards that is not what the manifest records; checked once, when first used."""
-        recorded, path = self.manifest.files.get(name), self.path / name
+        recorded = self.manifest.files.get(name)
+        path = self._source.companion(name, None if recorded is None else recorded.num_bytes)
         if not self._verify or recorded is None or not path.is_file():
             return
         if path.stat().st_size != recorded.num_bytes or digest_file(path) != recorded.digest:
+            self._source.forget(name)
             raise DataError(f"{path}: differs from what the manifest records; {self._way_out()}")
 
     def _shard(self, shard: int) -> ShardReader:
-        with self._lock:  # training and validation read from threads of their own
-            if shard not in self._open:
-                try:
-                    path = self.path / self.shard_file(shard)
-                    self._open[shard] = shard_reader(path, self.manifest.identity, shard)
-                except DataError as error:
-                    raise DataError(f"{error}; {self._way_out()}") from error
-            self._open.move_to_end(shard)
-            if len(self._open) > _MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)
-            return self._open[shard]
+        # Training and validation read from threads of their own; one that waits for a store holds up no other.
+        with self._lock:
+            opening = self._opening.setdefault(shard, threading.Lock())
+        with opening:
+            with self._lock:
+                if shard in self._open:
+                    self._open.move_to_end(shard)
+                    return self._open[shard]
+                self._make_room(self._entries[shard].file_bytes)
+            reader = self._open_shard(shard)
+            with self._lock:
+                self._make_room(self._entries[shard].file_bytes)
+                self._open[shard] = reader
+            return reader
+
+    def _open_shard(self, shard: int) -> ShardReader:
+        with ExitStack() as stack:
+            path = stack.enter_context(self._source.shard(self._entries[shard]))
+            try:
+                reader = shard_reader(path, self.manifest.identity, shard)
+            except DataError as error:
+                raise DataError(f"{error}; {self._way_out()}") from error
+            # The file stays where it is for as long as anybody has the reader.
+            weakref.finalize(reader, stack.pop_all().close).atexit = False
+            return reader
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Let go of the shards not asked for the longest, so that another one may be open."""
+        limit = self._source.max_open_bytes
+        taken = sum(self._entries[shard].file_bytes for shard in self._open)
+        while self._open and (len(self._open) >= _MAX_OPEN_SHARDS or (limit is not None and taken + num_bytes > limit)):
+            shard, _ = self._open.popitem(last=False)
+            taken -= self._entries[shard].file_bytes
+
+    def read_ahead(self, samples: np.ndarray) -> None:
+        """Prepare for samples to be read in about this order: a store's shards come before they are asked for."""
+        shards = self.shards[samples]
+        _, firsts = np.unique(shards, return_index=True)
+        self._source.read_ahead(self._entries[int(shard)] for shard in shards[np.sort(firsts)])
+
+    def unchecked(self) -> Cache:
+        """Return the same cache once more, its samples read without looking at digests."""
+        return Cache(self._source, verify=False)
+
+    def close(self) -> None:
+        """End what was begun for reading ahead; samples that were read stay."""
+        self._source.close()
 
     @property
     def aux_layer_ids(self) -> list[int]:
@@ -262,7 +315,7 @@ class Cache:
         elif supervision.target_probs is not None:
             stored = supervision.target_probs.float()
         else:
-            raise DataError(f"{self.path}: the sample carries no target supervision")
+            raise DataError(f"{self.name}: the sample carries no target supervision")
         supervised = sample.loss_mask[supervision.positions]
         num_tokens = len(sample.input_ids)
         probs = torch.zeros(num_tokens, stored.shape[-1])
@@ -278,19 +331,33 @@ def _count_positions(loss_mask: np.ndarray) -> int:
     return int(np.count_nonzero(mask)) + int(np.count_nonzero(mask[1:] & ~mask[:-1]))
 
 
-def open_cache(path: str | Path, *, allow_partial: bool = False, verify: bool = True) -> Cache:
+def open_cache(
+    path: str | Path,
+    *,
+    allow_partial: bool = False,
+    verify: bool = True,
+    local_cache: Path | None = None,
+    local_cache_bytes: int = DEFAULT_LOCAL_CACHE_BYTES,
+) -> Cache:
     """Open a cache for reading.
 
     Args:
-        path: its directory.
+        path: its directory, or the URL of one in an object store.
         allow_partial: accept missing shards; their samples are then absent.
         verify: check each sample's digest when it is first read.
+        local_cache: where shards of a store are kept on this machine; default in the user's cache directory.
+        local_cache_bytes: how much of them.
 
     Raises:
         DataError: no cache there, shards missing, or records damaged.
         MismatchError: of another format or version.
     """
-    cache = Cache(Path(path), verify=verify)
+    source: CacheSource
+    if is_url(path):
+        source = RemoteSource(str(path), local_cache or user_cache_directory() / "shards", local_cache_bytes)
+    else:
+        source = LocalSource(Path(path))
+    cache = Cache(source, verify=verify)
     if cache.missing_shards and not allow_partial:
         total = cache.manifest.identity.num_shards
         raise DataError(

@@ -50,11 +50,10 @@ class StoredStates:
             )
             next_plane += len(widths)
 
-    def put(self, start: int, number: int, planes: Sequence[np.ndarray]) -> None:
-        """Write rows of the field at place ``number`` from ``start`` on: its planes as `codec.unpack` returns them."""
+    def places(self, start: int, stop: int, number: int) -> list[np.ndarray]:
+        """Return the room, on the CPU, for rows ``start`` to ``stop`` of the field at place ``number``, by plane."""
         _, own = list(self.planes())[number]
-        for plane, rows in zip(own, planes, strict=True):
-            plane.numpy()[start : start + len(rows)] = rows
+        return [plane.numpy()[start:stop] for plane in own]
 
     def rows(self, index: torch.Tensor) -> StoredStates:
         """Return the rows ``index`` (int64 ``[m]``), still not merged."""

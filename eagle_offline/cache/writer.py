@@ -19,6 +19,7 @@ from eagle_offline.cache.layout import (
     CommitRecord,
     LostSample,
     record_file,
+    repair_way_out,
     shard_file,
     shard_of_record,
 )
@@ -56,12 +57,12 @@ def read_record(directory: Path, shard: int) -> CommitRecord:
         record = CommitRecord.model_validate(raw)
     except ValidationError as error:
         raise DataError(
-            f"{path}: {first_problem(error)}; delete it and run precompute --resume to make shard {shard} again"
+            f"{path}: {first_problem(error)}; {repair_way_out(directory)}"
         ) from error
     lengths = {len(column) for column in record.samples.model_dump().values()}
     if record.shard != shard or len(lengths) != 1:
         raise DataError(f"{path}: the record of another shard, or of columns of unequal length")
-    check_seal(path, raw, seal, f"delete it and run precompute --resume to make shard {shard} again")
+    check_seal(path, raw, seal, repair_way_out(directory))
     return record
 
 
@@ -137,9 +138,13 @@ def write_shard(
     return standing
 
 
-def ensure_index(directory: Path, identity: Identity) -> None:
-    """Write the index of a cache whose shards are all committed, unless it is there; any process may."""
-    names = os.listdir(directory)
+def ensure_index(directory: Path, identity: Identity, *, shards_here: bool = True) -> None:
+    """Write the index of a cache whose shards are all committed, unless it is there; any process may.
+
+    Args:
+        shards_here: the shards lie in the directory, too; else in the store that it mirrors.
+    """
+    names = os.listdir(directory) if shards_here else None
     committed = committed_shards(directory)
     if len(committed) == identity.num_shards and read_index(directory, names, committed, identity.digest) is None:
         write_index(directory, index_of(read_record(directory, shard) for shard in committed), identity.digest)

@@ -55,6 +55,17 @@ class CacheMixture:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.caches[number], int(index - self.starts[number])
 
+    def read_ahead(self, samples: np.ndarray) -> None:
+        """Prepare for samples, int64 indices, to be read in about this order."""
+        for number, cache in enumerate(self.caches):
+            own = samples[(samples >= self.starts[number]) & (samples < self.starts[number + 1])]
+            cache.read_ahead(own - self.starts[number])
+
+    def close(self) -> None:
+        """End what was begun for reading ahead."""
+        for cache in self.caches:
+            cache.close()
+
     def indices_of(self, number: int) -> np.ndarray:
         """Return int64 ``[n]``: the samples of a cache."""
         return np.arange(self.starts[number], self.starts[number + 1])
@@ -76,4 +87,4 @@ def check_alike(cache: Cache, other: Cache) -> None:
     }
     for name, (one, two) in pairs.items():
         if one != two:
-            raise MismatchError(f"{other.path}: its {name} is {two}, that of {cache.path} is {one}")
+            raise MismatchError(f"{other.name}: its {name} is {two}, that of {cache.name} is {one}")

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eagle_offline.cache import codec
 from eagle_offline.cache.layout import LAST_HIDDEN_STATE, TARGET_PROBS, FieldLayout, aux_field
 from eagle_offline.cache.reader import Cache, Sample
-from eagle_offline.cache.samples import StoredSample, unpack_fields
+from eagle_offline.cache.samples import StoredSample, stored_columns
 from eagle_offline.cache.stored_states import StoredStates, merge_rows, merged_layout, merges_ahead, num_bytes
 from eagle_offline.data.buffers import HostBuffers
 from eagle_offline.data.collate import collate
@@ -130,16 +131,17 @@ class _Rows:
         self._start = 0
 
     def append(self, cache: Cache, stored: StoredSample, fields: _Fields) -> None:
-        num_rows = 0
-        # One field at a time: what was just decompressed is still in the core's own cache when it is written.
+        stop = self._start + stored.num_rows(fields[0])
+        columns = {field.name: own for field, own in stored_columns(cache.manifest.identity.capture.fields, stored)}
+        # One field at a time: what was just decompressed is still in the core's own cache when it is merged.
         for number, field in enumerate(fields):
-            planes = unpack_fields(cache.manifest.identity.capture.fields, stored, [field.name])[field.name]
             if self.states.fields == fields:
-                self.states.put(self._start, number, planes)
+                places = self.states.places(self._start, stop, number)
+                codec.unpack_into(field, columns[field.name], places, framed=stored.framed)
             else:
+                planes = codec.unpack(field, columns[field.name], stop - self._start, framed=stored.framed)
                 merge_rows(self.states, self._start, fields, number, planes)
-            num_rows = len(planes[0])
-        self._start += num_rows
+        self._start = stop
 
 
 def pack_of_samples(samples: Sequence[Sample]) -> StoredPack:

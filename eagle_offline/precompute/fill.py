@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eagle_offline.cache.companions import embeddings_bytes, head_bytes, vocab_bytes, vocab_file
+from eagle_offline.cache.filling import ShardWork, check_free_space, ensure_manifest, fill_shards, own_shards
 from eagle_offline.cache.formats import frames_columns
 from eagle_offline.cache.layout import (
     EMBEDDINGS_FILE,
@@ -18,23 +18,19 @@ from eagle_offline.cache.layout import (
     TARGET_DIRECTORY,
     TOKENS_DIRECTORY,
     LostSample,
-    record_file,
 )
 from eagle_offline.cache.manifest import (
     CompanionFile,
     Defaults,
     DraftVocabulary,
-    Identity,
     Manifest,
-    read_manifest,
-    refuse_drift,
-    write_manifest,
 )
+from eagle_offline.cache.publishing import Publisher
 from eagle_offline.cache.samples import EncodingErrors, StoredSample, encode_fields
-from eagle_offline.cache.writer import committed_shards, ensure_index, read_record, write_shard
-from eagle_offline.config import PrecomputeSettings
+from eagle_offline.cache.verify import write_config
+from eagle_offline.cache.writer import ensure_index
 from eagle_offline.durable import make_directory, remove_abandoned, write_bytes
-from eagle_offline.errors import DataError, EagleOfflineError, SpaceError, StoppedEarly, UsageError
+from eagle_offline.errors import EagleOfflineError
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.precompute.plan import Plan
 from eagle_offline.progress import Progress
@@ -48,133 +44,79 @@ from eagle_offline.target.load import (
 )
 from eagle_offline.text.token_table import META_FILE, QUARANTINE_FILE, TOKENS_FILE, TokenTable
 
+STORE_LESS = "--aux-layer-ids, --split, --mantissa-bits"
+
 _TARGET_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
-def own_shards(settings: PrecomputeSettings, identity: Identity, *, begun: bool) -> list[int]:
-    """Return the shards that fall to this process and are not committed yet.
+def fill(plan: Plan, recorded: Manifest | None, stop: StopRequest, publisher: Publisher | None = None) -> int:
+    """Make every missing shard of this process; return how many were made.
 
     Args:
-        begun: whether the cache was there when this run began; else another process has begun it meanwhile, and
-            whether it is the same one is settled when the manifest is written.
-
-    Raises:
-        UsageError: the process number is out of range. DataError: a committed shard is not there in full.
-    """
-    if settings.process_index >= settings.process_count:
-        raise UsageError(
-            f"--process-index {settings.process_index}: expected less than --process-count {settings.process_count}"
-        )
-    done = set(committed_shards(settings.output_dir))
-    mine = range(settings.process_index, identity.num_shards, settings.process_count)
-    for shard in done.intersection(mine) if begun else ():
-        _check_committed(settings.output_dir, identity, shard)
-    return [shard for shard in mine if shard not in done]
-
-
-def _check_committed(directory: Path, identity: Identity, shard: int) -> None:
-    """Refuse to count a shard as done that is not there in full.
-
-    Raises:
-        DataError: names the record to delete.
-    """
-    record = read_record(directory, shard)
-    again = f"delete {directory / record_file(shard)} and run again with --resume to make the shard again"
-    if record.identity_digest != identity.digest:
-        raise DataError(f"{directory}: shard {shard} was made under another manifest; {again}")
-    file = directory / record.file
-    found = file.stat().st_size if file.is_file() else None
-    if found != record.file_bytes:
-        state = "is missing" if found is None else f"has {found} bytes, expected {record.file_bytes}"
-        raise DataError(f"{file} {state}; {again}")
-
-
-def check_free_space(plan: Plan, num_shards: int) -> None:
-    """Refuse to begin what cannot end.
-
-    Raises:
-        SpaceError: the missing shards need more than is free.
-    """
-    needed = plan.estimated_bytes() * num_shards // max(plan.identity.num_shards, 1)
-    free = shutil.disk_usage(plan.settings.output_dir).free
-    if needed > free:
-        raise SpaceError(
-            f"{plan.settings.output_dir}: about {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
-            "free some space, choose another --output-dir, or store less (--aux-layer-ids, --split)"
-        )
-
-
-def fill(plan: Plan, recorded: Manifest | None, stop: StopRequest) -> int:
-    """Make every missing shard of this process; return how many were made.
+        publisher: brings everything up to the store that the cache is in; None for a cache that stays where it is made.
 
     Raises:
         StoppedEarly: asked to stop; committed shards stay. EagleOfflineError: see `eagle_offline.errors`.
     """
-    settings, directory = plan.settings, plan.settings.output_dir
+    settings, directory, identity = plan.settings, plan.settings.output_dir, plan.identity
     remove_abandoned(directory)
-    missing = own_shards(settings, plan.identity, begun=recorded is not None)
-    check_free_space(plan, len(missing))
-    companions_there = recorded is not None and all((directory / name).is_file() for name in recorded.files)
-    if not missing and companions_there:
-        ensure_index(directory, plan.identity)
+    if publisher is not None and recorded is not None:
+        publisher.push_left()
+    missing = own_shards(
+        directory,
+        identity,
+        settings.process_index,
+        settings.process_count,
+        begun=recorded is not None and publisher is None,
+    )
+    needed = [plan.estimated_shard_bytes(shard) for shard in missing]
+    # What goes up to a store is dropped here.
+    check_free_space(directory, sum(needed) if publisher is None else max(needed, default=0), STORE_LESS)
+    if recorded is not None and not missing and _is_whole(directory, recorded, publisher):
+        write_config(directory, recorded)
+        _finish(plan, publisher)
         return 0
     model = load_model(plan.source, plan.device, settings.compute_dtype)
-    target = HFEagle3TargetModel(model, plan.identity.capture.aux_layer_ids)
+    target = HFEagle3TargetModel(model, identity.capture.aux_layer_ids)
     check_capture(target, read_head(model), _token_sample(plan.table, 0))
     head = read_head(model).to(plan.device, DTYPES[settings.dtype])
     environment = describe_environment(plan.device)
-    _write_companions(plan, model, head, environment)
+    manifest = _write_companions(plan, model, head, environment)
+    if publisher is not None:
+        publisher.begin(manifest)
 
     selected = torch.from_numpy(plan.vocab.selected_token_ids)
     with_probs = settings.target_encoding != "factored"
     capture = Capture(target, head, DTYPES[settings.dtype], selected, with_probs=with_probs)
-    order = plan.sample_order()
-    size = settings.shard_size
-    rows = {shard: order[shard * size : (shard + 1) * size] for shard in missing}
-    total = int(sum(plan.table.lengths[ids].sum() for ids in rows.values()))
+
+    def samples(shard: int, errors: EncodingErrors) -> Iterator[StoredSample | LostSample]:
+        tokens = [_token_sample(plan.table, int(row)) for row in plan.rows(shard)]
+        for captured in capture.run(tokens, settings.batch_size):
+            yield _store(plan, captured, errors)
+
+    work = [
+        ShardWork(shard, plan.num_tokens(shard), estimated, partial(samples, shard))
+        for shard, estimated in zip(missing, needed, strict=True)
+    ]
+    total = sum(item.num_tokens for item in work)
     with Progress("precompute", total, unit="tok", enabled=settings.process_index == 0) as progress:
-        tracker = _Tracker(
-            progress, stop, total_bytes=plan.estimated_bytes() * len(missing) // max(plan.identity.num_shards, 1)
-        )
-        for shard, ids in rows.items():
-            samples = [_token_sample(plan.table, int(row)) for row in ids]
-            tracker.begin_shard(samples)
-            errors = EncodingErrors()
-            captured = capture.run(samples, settings.batch_size)
-            stored = (tracker.track(_store(plan, sample, errors)) for sample in captured)
-            record = write_shard(directory, plan.identity, shard, stored, environment, errors)
-            tracker.end_shard(record.file_bytes)
-    ensure_index(directory, plan.identity)
+        commit = None if publisher is None else publisher.commit
+        fill_shards(directory, identity, work, stop, progress, environment, STORE_LESS, commit)
+    _finish(plan, publisher)
     return len(missing)
 
 
-class _Tracker:
-    """Shows progress and gives up a shard that would outlast the grace period."""
+def _is_whole(directory: Path, recorded: Manifest, publisher: Publisher | None) -> bool:
+    if publisher is not None:
+        return publisher.is_whole(recorded)
+    return all((directory / name).is_file() for name in recorded.files)
 
-    def __init__(self, progress: Progress, stop: StopRequest, total_bytes: int):
-        self._progress, self._stop, self._total_bytes = progress, stop, total_bytes
-        self._started = time.monotonic()
-        self._tokens = self._written = self._shard_left = 0
 
-    def begin_shard(self, samples: Sequence[TokenSample]) -> None:
-        self._shard_left = sum(len(sample.input_ids) for sample in samples)
-        if self._stop.requested:
-            raise StoppedEarly("stopped by a signal between two shards; go on with --resume")
-
-    def track(self, sample: StoredSample | LostSample) -> StoredSample | LostSample:
-        count = len(sample.input_ids) if isinstance(sample, StoredSample) else 0
-        self._tokens += count
-        self._shard_left -= count
-        rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        if not self._stop.leaves_time_for(self._shard_left / max(rate, 1e-9)):
-            raise StoppedEarly("stopped by a signal, the shard in hand was dropped; go on with --resume")
-        self._progress.advance(count)
-        return sample
-
-    def end_shard(self, file_bytes: int) -> None:
-        self._written += file_bytes
-        written = f"{self._written / 1e6:.1f} of about {self._total_bytes / 1e6:.1f} MB"
-        self._progress.advance(0, {"written": written})
+def _finish(plan: Plan, publisher: Publisher | None) -> None:
+    if publisher is None:
+        ensure_index(plan.settings.output_dir, plan.identity)
+    else:
+        publisher.finish(plan.identity)
 
 
 def _token_sample(table: TokenTable, row: int) -> TokenSample:
@@ -215,8 +157,8 @@ def _store(plan: Plan, captured: CapturedSample, errors: EncodingErrors) -> Stor
     )
 
 
-def _write_companions(plan: Plan, model: torch.nn.Module, head: Any, environment: dict[str, Any]) -> None:
-    """Write the manifest unless it is there, then the files it names.
+def _write_companions(plan: Plan, model: torch.nn.Module, head: Any, environment: dict[str, Any]) -> Manifest:
+    """Write the manifest unless it is there, then the files it names; return the one that stands there.
 
     Raises:
         MismatchError: another process began another cache here. DataError: a file came out other than recorded.
@@ -230,24 +172,20 @@ def _write_companions(plan: Plan, model: torch.nn.Module, head: Any, environment
         name = f"{TOKENS_DIRECTORY}/{path.name}"
         files[name] = CompanionFile(num_bytes=path.stat().st_size, digest=digest_file(path))
     vocabulary = DraftVocabulary(size=plan.vocab.size, digest=plan.vocab.digest, coverage=plan.vocab.coverage)
-    inputs = {"target_model": plan.settings.target_model, "input_data": plan.settings.input_data}
     manifest = Manifest(
         identity=plan.identity,
         defaults=Defaults(draft_vocabulary=vocabulary),
         files=files,
-        environment={**environment, "inputs": inputs},
+        environment={**environment, "inputs": plan.resolved_settings()},
     )
-    if not write_manifest(directory, manifest):
-        standing = read_manifest(directory)
-        refuse_drift(directory, standing.identity, plan.identity)
-        if standing.files != files:
-            changed = sorted(name for name in files if standing.files.get(name) != files[name])
-            raise DataError(f"{directory}: {', '.join(changed)} would come out other than the manifest records")
+    manifest = ensure_manifest(directory, manifest)
+    write_config(directory, manifest)
     for name, content in contents.items():
         path = directory / name
         if not path.is_file():
             make_directory(path.parent)
             write_bytes(path, content)
+    return manifest
 
 
 def _companions(plan: Plan, model: torch.nn.Module, head: Any) -> dict[str, bytes]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch
 
 from eagle_offline.cache.choices import EncodingChoice
 from eagle_offline.cache.codec import estimated_row_bytes
-from eagle_offline.cache.layout import MANIFEST_FILE, TOKENS_DIRECTORY
+from eagle_offline.cache.filling import begun_cache
+from eagle_offline.cache.layout import TOKENS_DIRECTORY
 from eagle_offline.cache.manifest import (
     BatchPlan,
     CaptureIdentity,
@@ -22,14 +25,14 @@ from eagle_offline.cache.manifest import (
     SourceIdentity,
     TargetIdentity,
     TextIdentity,
-    read_manifest,
     refuse_drift,
 )
+from eagle_offline.cache.verify import ASIDE_DIRECTORY, CONFIG_FILE
 from eagle_offline.cache.writer import committed_shards
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.devices import resolve_device
-from eagle_offline.durable import TEMPORARY_MARK, make_directory
-from eagle_offline.errors import MismatchError, UsageError
+from eagle_offline.durable import make_directory
+from eagle_offline.errors import MismatchError
 from eagle_offline.provenance import digest_checkpoint
 from eagle_offline.target.layout import default_aux_layer_ids, validate_aux_layer_ids
 from eagle_offline.target.load import (
@@ -45,7 +48,20 @@ from eagle_offline.text.token_table import SourceRecord, TokenTable
 from eagle_offline.vocab import DraftVocab, choose_draft_vocab, resolve_size
 
 # Whatever else stands in an output directory belongs to somebody else.
-_OWN_ENTRIES = {TOKENS_DIRECTORY, "status.json", "config.json"}
+OWN_ENTRIES = {TOKENS_DIRECTORY, ASIDE_DIRECTORY, CONFIG_FILE, "status.json"}
+
+# Settings of a run; what it makes does not depend on them.
+_OF_A_RUN = {
+    "output_dir",
+    "staging_dir",
+    "store_url",
+    "process_index",
+    "process_count",
+    "grace_seconds",
+    "rehash",
+    "resume",
+    "dry_run",
+}
 
 
 @dataclass(frozen=True)
@@ -73,9 +89,45 @@ class Plan:
 
     def estimated_bytes(self) -> int:
         """Return about how many bytes all shards take."""
-        rows = {"tokens": self.table.meta.num_tokens, "supervised_positions": self.table.meta.num_supervised}
+        return self._estimated(self.table.meta.num_tokens)
+
+    def estimated_shard_bytes(self, shard: int) -> int:
+        """Return about how many bytes a shard takes."""
+        return self._estimated(self.num_tokens(shard))
+
+    def num_tokens(self, shard: int) -> int:
+        """Return the tokens of a shard."""
+        return int(self.table.lengths[self.rows(shard)].sum())
+
+    def _estimated(self, num_tokens: int) -> int:
+        meta = self.table.meta
+        share = meta.num_supervised / max(meta.num_tokens, 1)
+        rows = {"tokens": num_tokens, "supervised_positions": num_tokens * share}
         return int(sum(estimated_row_bytes(field) * rows[field.rows] for field in self.identity.capture.fields))
 
+    def rows(self, shard: int) -> np.ndarray:
+        """Return int64: the token-table rows of a shard's samples."""
+        size = self.identity.capture.shard_size
+        return self.sample_order[shard * size : (shard + 1) * size]
+
+    def resolved_settings(self) -> dict[str, Any]:
+        """Return the settings that make the same cache again, in whichever directory they are given."""
+        settings, capture = self.settings, self.identity.capture
+        resolved = settings.model_copy(
+            update={
+                "target_model": _absolute(settings.target_model),
+                "input_data": _absolute(settings.input_data),
+                "chat_template": None if settings.chat_template is None else _absolute(str(settings.chat_template)),
+                "revision": self.source.revision,
+                "data_revision": self.table.meta.sources[0].revision,
+                "draft_vocab_size": self.vocab.size,
+                "aux_layer_ids": tuple(capture.aux_layer_ids),
+                "device": self.identity.batch_plan.device_kind,
+            }
+        )
+        return resolved.model_dump(mode="json", exclude=_OF_A_RUN)
+
+    @cached_property
     def sample_order(self) -> np.ndarray:
         """Return int64 ``[N]``: the token-table row of each sample in cache order."""
         order = np.arange(len(self.table))
@@ -93,23 +145,13 @@ def check_output_directory(settings: PrecomputeSettings) -> Manifest | None:
     """
     directory = settings.output_dir
     make_directory(directory)
-    if (directory / MANIFEST_FILE).exists():
-        if not settings.resume:
-            raise UsageError(f"{directory} already holds a cache: add --resume to go on with it")
-        return read_manifest(directory)
-    foreign = sorted(entry.name for entry in directory.iterdir() if not _is_own(entry.name))
-    if foreign:
-        raise MismatchError(
-            f"{directory} holds something else ({', '.join(foreign[:3])}{', …' if len(foreign) > 3 else ''}): "
-            "choose an empty or new --output-dir"
-        )
-    return None
+    return begun_cache(directory, resume=settings.resume, own_entries=OWN_ENTRIES)
 
 
-def _is_own(name: str) -> bool:
-    left_over = name.startswith(".") and TEMPORARY_MARK in name
-    of_one_process = name.startswith("status-") and name.endswith(".json")
-    return name in _OWN_ENTRIES or left_over or of_one_process
+def _absolute(name: str) -> str:
+    """Return the whole path of a file or directory; what is not there is the hub's."""
+    path = Path(name).expanduser()
+    return os.fsencode(path.absolute()).decode(errors="replace") if path.exists() else name
 
 
 def check_settings(settings: PrecomputeSettings) -> None:
@@ -118,7 +160,7 @@ def check_settings(settings: PrecomputeSettings) -> None:
     Raises:
         UsageError, DataError: see `eagle_offline.errors`.
     """
-    _, config = _target(settings)
+    _, config = resolve_config(settings)
     text_config = config.get_text_config()
     device_kind = torch.device(resolve_device(settings.device)).type
     encoding_choice(settings)
@@ -150,19 +192,8 @@ def plan_cache(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any, 
     Raises:
         UsageError, MismatchError: see `eagle_offline.errors`.
     """
-    source, config = _target(settings)
-    vocab_size = config.get_text_config().vocab_size
-    if table.meta.max_token_id >= vocab_size:
-        raise MismatchError(
-            f"the tokenizer gives token {table.meta.max_token_id}, the model has {vocab_size} tokens only: "
-            f"tokenizer and model of {settings.target_model} do not belong together"
-        )
-    vocab = choose_draft_vocab(
-        table.supervised_counts(),
-        required_token_ids(source, tokenizer),
-        resolve_size(settings.draft_vocab_size, vocab_size),
-        vocab_size,
-    )
+    source, config = resolve_config(settings)
+    vocab = draft_vocab(settings, table, tokenizer)
     dataset = DatasetIdentity(
         sources=_source_identities(table.meta.sources),
         split=settings.split,
@@ -182,14 +213,40 @@ def plan_cache(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any, 
     return Plan(settings, source, config, tokenizer, table, vocab, identity, resolve_device(settings.device))
 
 
-def _target(settings: PrecomputeSettings) -> tuple[TargetSource, Any]:
+def draft_vocab(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any) -> DraftVocab:
+    """Return the draft vocabulary of a corpus.
+
+    Raises:
+        UsageError: too small for the special tokens. MismatchError: tokens that the target does not have.
+    """
+    source, config = resolve_config(settings)
+    vocab_size = config.get_text_config().vocab_size
+    if table.meta.max_token_id >= vocab_size:
+        raise MismatchError(
+            f"the tokenizer gives token {table.meta.max_token_id}, the model has {vocab_size} tokens only: "
+            f"tokenizer and model of {settings.target_model} do not belong together"
+        )
+    return choose_draft_vocab(
+        table.supervised_counts(),
+        required_token_ids(source, tokenizer),
+        resolve_size(settings.draft_vocab_size, vocab_size),
+        vocab_size,
+    )
+
+
+def resolve_config(settings: PrecomputeSettings) -> tuple[TargetSource, Any]:
+    """Return the target's files and its config; no weight is loaded.
+
+    Raises:
+        UsageError, DataError: see `resolve_target`.
+    """
     source = resolve_target(settings.target_model, settings.revision, settings.trust_remote_code)
     return source, load_config(source)
 
 
 def _identity(settings: PrecomputeSettings, tokenizer: Any, dataset: DatasetIdentity, vocab_digest: str) -> Identity:
     """Return what the cache is; no weight is loaded for it."""
-    source, config = _target(settings)
+    source, config = resolve_config(settings)
     text_config = config.get_text_config()
     device_kind = torch.device(resolve_device(settings.device)).type
     return Identity(
@@ -240,13 +297,7 @@ def _source_identities(sources: Sequence[Source | SourceRecord]) -> list[SourceI
 def _capture_identity(
     settings: PrecomputeSettings, config: Any, vocab_digest: str, device_kind: str
 ) -> CaptureIdentity:
-    layers = config.num_hidden_layers
-    ids = (
-        default_aux_layer_ids(layers)
-        if settings.aux_layer_ids is None
-        else validate_aux_layer_ids(settings.aux_layer_ids, layers)
-    )
-
+    ids = aux_layer_ids(settings, config.num_hidden_layers)
     choice = encoding_choice(settings)
     draft_vocab_size = resolve_size(settings.draft_vocab_size, config.vocab_size)
     own_dtype = "fp32" if device_kind == "cpu" else "checkpoint"
@@ -262,6 +313,17 @@ def _capture_identity(
         compressor=choice.zarr_compressor,
         fields=choice.fields(ids, config.hidden_size, draft_vocab_size),
     )
+
+
+def aux_layer_ids(settings: PrecomputeSettings, num_layers: int) -> list[int]:
+    """Return the decoder layers whose outputs are stored.
+
+    Raises:
+        UsageError: not layers of the target, or none given for one that is too shallow for the default.
+    """
+    if settings.aux_layer_ids is None:
+        return default_aux_layer_ids(num_layers)
+    return validate_aux_layer_ids(settings.aux_layer_ids, num_layers)
 
 
 def encoding_choice(settings: PrecomputeSettings) -> EncodingChoice:

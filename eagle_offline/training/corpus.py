@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def open_corpus(settings: TrainSettings) -> Corpus:
         UsageError: weights that fit no caches.
     """
     weights = _weights(settings)
-    opened = [open_cache(path, allow_partial=settings.allow_partial, verify=settings.verify) for path in settings.cache]
+    opened = [_open(settings, path, allow_partial=settings.allow_partial) for path in settings.cache]
     _refuse_repeated(
         opened, "--cache {path} holds what {other} does; to see its samples more often, use --cache-weights"
     )
@@ -73,7 +74,7 @@ def open_corpus(settings: TrainSettings) -> Corpus:
         kept = tuple(indices[~held[indices]] for indices in everything)
         corpus = Corpus(samples, samples, kept, np.flatnonzero(held), weights)
     else:
-        other = open_cache(settings.heldout_cache, verify=settings.verify)
+        other = _open(settings, settings.heldout_cache)
         check_alike(samples.caches[0], other)
         _refuse_repeated([*opened, other], "--heldout-cache {path} holds what is trained on; give another")
         corpus = Corpus(samples, CacheMixture([other]), tuple(everything), np.arange(len(other)), weights)
@@ -85,6 +86,16 @@ def open_corpus(settings: TrainSettings) -> Corpus:
             "raise --heldout-share, set it to 0, or give --heldout-cache"
         )
     return corpus
+
+
+def _open(settings: TrainSettings, path: Path | str, *, allow_partial: bool = False) -> Cache:
+    return open_cache(
+        path,
+        allow_partial=allow_partial,
+        verify=settings.verify,
+        local_cache=settings.local_cache,
+        local_cache_bytes=settings.local_cache_size,
+    )
 
 
 def _weights(settings: TrainSettings) -> tuple[float, ...]:
@@ -105,4 +116,4 @@ def _refuse_repeated(caches: Sequence[Cache], said: str) -> None:
     for cache in caches:
         other = seen.setdefault(cache.manifest.identity.digest, cache)
         if other is not cache:
-            raise UsageError(said.format(path=cache.path, other=other.path))
+            raise UsageError(said.format(path=cache.name, other=other.name))

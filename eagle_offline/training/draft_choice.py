@@ -13,7 +13,7 @@ import numpy as np
 from eagle_offline.cache.companions import read_vocab
 from eagle_offline.cache.layout import MANIFEST_FILE, TARGET_DIRECTORY
 from eagle_offline.cache.manifest import read_manifest
-from eagle_offline.cache.reader import Cache, open_cache
+from eagle_offline.cache.reader import Cache
 from eagle_offline.errors import DataError, MismatchError, UsageError, one_line
 from eagle_offline.vocab import DraftVocab, choose_draft_vocab, resolve_size
 
@@ -95,7 +95,7 @@ def supervised_counts(caches: Sequence[Cache]) -> np.ndarray:
     counts = np.zeros(vocab_size, np.int64)
     for cache in caches:
         # Digests cover the states: checking them here would read the whole cache.
-        unchecked = open_cache(cache.path, allow_partial=True, verify=False)
+        unchecked = cache.unchecked()
         for index in range(len(unchecked)):
             stored = unchecked.read_stored(index)
             ids = stored.input_ids[stored.loss_mask.astype(bool)]

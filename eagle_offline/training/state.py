@@ -47,6 +47,7 @@ _FREE_SETTINGS = frozenset(
         "cache", "heldout_cache", "output_dir", "device", "eval_every", "early_stopping", "checkpoint_every",
         "checkpoint_minutes", "checkpoint_epochs", "keep_checkpoints", "log_every", "report_to", "profile", "verify",
         "num_workers", "recompute", "deterministic", "on_nonfinite", "draft_vocab", "resume", "accept_drift",
+        "local_cache", "local_cache_size",
     }
 )  # fmt: skip
 

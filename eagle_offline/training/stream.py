@@ -91,6 +91,9 @@ class PackStream:
         size = self._settings.global_batch
         while position.step < total_steps:
             packs = self.packs(position.epoch)
+            coming = packs[position.next_pack :]
+            if coming:
+                self._corpus.samples.read_ahead(np.concatenate(coming))
             for start in range(position.next_pack, len(packs), size):
                 if position.step >= total_steps:
                     return

@@ -10,8 +10,8 @@ import random
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,48 @@ WEIRD_WORDS = [
 
 
 @dataclass(frozen=True)
+class Odd:
+    """What is put in the place of a file: a `link` to somewhere, a `pipe`, a `directory`, or a file with a `hole`."""
+
+    kind: str
+    target: str = ""
+
+    def put(self, path: Path) -> None:
+        if self.kind == "link":
+            path.symlink_to(self.target)
+        elif self.kind == "pipe":
+            os.mkfifo(path)
+        elif self.kind == "directory":
+            path.mkdir()
+        else:
+            path.write_bytes(b"")
+            os.truncate(path, int(self.target))
+
+
+@dataclass(frozen=True)
 class Mutation:
-    """One file changed: its path inside the cache, its new bytes, and what was done to it."""
+    """One file changed: its path inside the cache, its new bytes, and what was done to it.
+
+    Attributes:
+        others: more files that are changed with it; None for one that is taken away.
+    """
 
     file: str
-    content: bytes
+    content: bytes | Odd | None
     what: str
+    others: Mapping[str, bytes | Odd | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, changes: Mapping[str, bytes | Odd | None], what: str) -> Mutation:
+        """Several files changed at once."""
+        if not changes:
+            return cls("manifest.json", None, f"nothing: {what}")
+        (file, content), *others = changes.items()
+        return cls(file, content, what, dict(others))
+
+    @property
+    def changes(self) -> dict[str, bytes | Odd | None]:
+        return {self.file: self.content, **self.others}
 
 
 def flip_bit(content: bytes, rng: random.Random) -> tuple[bytes, str]:
@@ -209,6 +245,32 @@ def survey(
     return results
 
 
+def place(path: Path, content: bytes | Odd | None) -> None:
+    """Put something in the place of a file, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if content is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, Odd):
+        content.put(path)
+    else:
+        path.write_bytes(content)
+
+
+def restore(reference: Path, copy: Path, mutation: Mutation) -> None:
+    """Make a copy what it was before a mutation."""
+    for name in mutation.changes:
+        top = name.split("/")[0]
+        if "/" in name and not (reference / top).exists():
+            shutil.rmtree(copy / top, ignore_errors=True)
+        elif not (reference / name).exists():
+            place(copy / name, None)
+        else:
+            place(copy / name, (reference / name).read_bytes())
+
+
 def _look_at_all(
     reference: Path, copy: Path, drawn: Sequence[Mutation], look: Callable[[Path], dict[str, str]], answers: Path
 ) -> None:
@@ -221,16 +283,14 @@ def _look_at_all(
         shutil.copytree(reference, copy)
         with answers.open("a") as file:
             for mutation in drawn:
-                whole = (copy / mutation.file).read_bytes()
                 # A new file each time: what a child before left in a memory map must not change under it.
-                (copy / mutation.file).unlink()
-                (copy / mutation.file).write_bytes(mutation.content)
+                for name, content in mutation.changes.items():
+                    place(copy / name, content)
                 signal.alarm(SECONDS)
                 found = look(copy)
                 signal.alarm(0)
                 file.write(json.dumps(found) + "\n")
                 file.flush()
-                (copy / mutation.file).unlink()
-                (copy / mutation.file).write_bytes(whole)
+                restore(reference, copy, mutation)
     finally:
         os._exit(0)

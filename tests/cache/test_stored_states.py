@@ -43,7 +43,10 @@ def test_rows_put_side_by_side_merge_to_their_values(encodings, counts):
     start = 0
     for part, count in zip(parts, counts, strict=True):
         for number, (field, values) in enumerate(zip(fields, part, strict=True)):
-            stored.put(start, number, planes_of(field, values))
+            for place, plane in zip(
+                stored.places(start, start + len(values), number), planes_of(field, values), strict=True
+            ):
+                place[...] = plane
             merge_rows(merged, start, fields, number, planes_of(field, values))
         start += count
     assert torch.equal(bits(stored.merge()), bits(expected))

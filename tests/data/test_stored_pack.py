@@ -110,8 +110,9 @@ def test_rows_chosen_before_merging_are_those_chosen_after(cache):
 @pytest.mark.parametrize("is_merged", [False, True])
 def test_layers_that_are_not_asked_for_are_not_unpacked(is_merged, monkeypatch):
     cache, unpacked = open_cache(cache_path(*KINDS[0])), []
-    original = codec.unpack
-    monkeypatch.setattr(codec, "unpack", lambda field, *a, **k: unpacked.append(field.name) or original(field, *a, **k))
+    name = "unpack" if is_merged else "unpack_into"
+    original = getattr(codec, name)
+    monkeypatch.setattr(codec, name, lambda field, *a, **k: unpacked.append(field.name) or original(field, *a, **k))
     PackReader([0, 2], merged=is_merged).read([(cache, index) for index in range(4)])
     ids = cache.aux_layer_ids
     assert unpacked == [f"aux_{ids[0]}", f"aux_{ids[2]}", "last_hidden_state"] * 4

@@ -25,11 +25,13 @@ class Run:
         code: exit code; a signal's number, negative, when one ended it.
         events: the steps of writing that it took, in order.
         err: what it said on stderr.
+        out: what it said on stdout.
     """
 
     code: int
     events: list[str]
     err: str
+    out: str = ""
 
     @property
     def errors(self) -> list[str]:
@@ -64,8 +66,8 @@ class Driver:
         self._process.stdin.flush()
         codes = json.loads(self._answer())
         return [
-            Run(code, Path(request["log"]).read_text().splitlines(), Path(request["stderr"]).read_text())
-            for code, request in zip(codes, requests, strict=True)
+            Run(code, Path(one["log"]).read_text().splitlines(), *(Path(one[k]).read_text() for k in ("stderr", "stdout")))
+            for code, one in zip(codes, requests, strict=True)
         ]
 
     def run(self, argv: Sequence[str], accident: dict[str, Any] | None = None, **more: Any) -> Run:
@@ -79,10 +81,18 @@ class Driver:
 
 
 def request(argv: Sequence[str], accident: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """A run for the driver; `accident` names `event` (from 1), `when` and `kind`."""
+    """A run for the driver.
+
+    Args:
+        argv: of `eagle-offline`.
+        accident: names `event` (from 1), `when` and `kind`: `kill`, `terminate`, `stop` (until all other runs have
+            ended), `other` (which runs from start to end), `shell` (a `command`), or an error number's name;
+            `for_good` says that it happens from then on.
+        more: `user`, `umask`, `limits` (by name, such as NOFILE), `kill_after_seconds`, `other_bytes`.
+    """
     folder = Path(tempfile.mkdtemp(dir=SCRATCH))
     folder.chmod(0o777)
-    for name in ("log", "stderr"):
+    for name in ("log", "stderr", "stdout"):
         (folder / name).touch()
         (folder / name).chmod(0o666)
     return {
@@ -90,5 +100,6 @@ def request(argv: Sequence[str], accident: dict[str, Any] | None = None, **more:
         "accident": accident,
         "log": str(folder / "log"),
         "stderr": str(folder / "stderr"),
+        "stdout": str(folder / "stdout"),
         **more,
     }

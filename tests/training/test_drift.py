@@ -23,6 +23,7 @@ FREE = {
     "cache", "output_dir", "device", "eval_every", "early_stopping", "checkpoint_every", "checkpoint_minutes",
     "checkpoint_epochs", "keep_checkpoints", "log_every", "report_to", "profile", "verify", "num_workers", "recompute",
     "deterministic", "on_nonfinite", "resume", "accept_drift", "heldout_cache", "draft_vocab",
+    "local_cache", "local_cache_size",
 }  # fmt: skip
 
 # What shapes a run, another value each; harmless: the order of samples, the caches and the draft stay what they are.

@@ -1,0 +1,163 @@
+"""An S3 server on this machine that counts what is asked of it and fails on demand, and caches made by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eagle_offline.cache.layout import FORMAT_NAME, FORMAT_VERSION, CommitRecord, SampleTable, record_file, shard_file
+from eagle_offline.cache.manifest import sealed
+from eagle_offline.cache.remote import digest_shard
+from eagle_offline.provenance import digest_bytes
+
+# What a user sets; the keys are those of nobody.
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+Answer = tuple[str, list[tuple[str, str]], list[bytes]]
+
+
+@dataclass
+class ObjectStore:
+    """A running server.
+
+    Attributes:
+        endpoint: its address.
+        requests: method and path of every request, in order.
+        meddle: may change the answer to a request; given method, path and the answer.
+    """
+
+    endpoint: str = ""
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    meddle: Callable[[str, str, Answer], Answer] | None = None
+    _conditional: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**ENVIRONMENT, "AWS_ENDPOINT_URL": self.endpoint}
+
+    def new_bucket(self) -> str:
+        """Make a bucket and return its name."""
+        import boto3
+
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        client = boto3.client("s3", endpoint_url=self.endpoint, region_name="us-east-1")
+        client.create_bucket(Bucket=name)
+        return name
+
+    def downloads(self, name: str) -> int:
+        """Return how often objects whose path ends with a name were fetched."""
+        return sum(method == "GET" and path.endswith(name) for method, path in self.requests)
+
+    def wrap(self, application: Any) -> Any:
+        """Return a WSGI application with counting and meddling around another."""
+
+        def answer(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+            method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+            self.requests.append((method, path))
+            began: list[Any] = []
+
+            def begin(status: str, headers: list[tuple[str, str]], _: Any = None) -> None:
+                began[:] = [status, headers]
+
+            # The server looks first and writes then; the store it stands for does both in one step.
+            with self._conditional if "HTTP_IF_NONE_MATCH" in environ else threading.Lock():
+                body = list(application(environ, begin))
+            said: Answer = (began[0], began[1], body)
+            if self.meddle is not None:
+                said = self.meddle(method, path, said)
+            start_response(said[0], said[1])
+            return said[2]
+
+        return answer
+
+
+@contextmanager
+def running_store() -> Iterator[ObjectStore]:
+    """Run a server in a thread of this process."""
+    s3fs = pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server")
+    from moto.moto_server.werkzeug_app import MotoRequestHandler
+    from werkzeug.serving import make_server
+
+    store = ObjectStore()
+    application = store.wrap(server.DomainDispatcherApplication(server.create_backend_app))
+    handler = type("Quiet", (MotoRequestHandler,), {"log": lambda *_: None})
+    listening = make_server("127.0.0.1", 0, application, threaded=True, request_handler=handler)
+    store.endpoint = f"http://127.0.0.1:{listening.server_port}"
+    thread = threading.Thread(target=listening.serve_forever, daemon=True)
+    thread.start()
+    before = {name: os.environ.get(name) for name in store.environment}
+    os.environ.update(store.environment)
+    # Filesystems are remembered by their arguments, and know the server that was in the environment then.
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        yield store
+    finally:
+        listening.shutdown()
+        thread.join()
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def write_shard_by_hand(directory: Path, shard: int, format_: str, content: bytes) -> CommitRecord:
+    """Write a shard that only has a digest, and its record; return it."""
+    draft = directory / f"draft.{format_}"
+    directory.mkdir(parents=True, exist_ok=True)
+    if format_ == "arrow":
+        draft.write_bytes(content)
+    else:
+        (draft / "aux_1").mkdir(parents=True)
+        (draft / "zarr.json").write_bytes(b"{}")
+        (draft / "aux_1" / "c.0.0.0").write_bytes(content)
+        (draft / "aux_1" / "c.1.0.0").write_bytes(content[::-1])
+    digest = digest_shard(draft)
+    file = directory / shard_file(shard, digest, format_)
+    draft.rename(file)
+    files = [file] if file.is_file() else [path for path in file.rglob("*") if path.is_file()]
+    record = CommitRecord(
+        format=FORMAT_NAME,
+        version=FORMAT_VERSION,
+        identity_digest="0" * 32,
+        shard=shard,
+        file=file.name,
+        file_bytes=sum(path.stat().st_size for path in files),
+        digest=digest,
+        samples=SampleTable(**{name: [] for name in SampleTable.model_fields}),
+        lost=[],
+        column_bytes={},
+        encoding_errors={},
+        finite=True,
+        environment={"made": digest_bytes(content)},
+    )
+    (directory / record_file(shard)).write_text(json.dumps(sealed(record.model_dump(mode="json"))))
+    return record
+
+
+def write_cache_by_hand(directory: Path, num_shards: int = 3, format_: str = "arrow") -> list[CommitRecord]:
+    """Write a manifest, companions and shards of which only names, sizes and digests are meant; return the records."""
+    records = [write_shard_by_hand(directory, s, format_, bytes([s]) * (1000 + s)) for s in range(num_shards)]
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "manifest.json").write_text('{"identity": "by hand"}')
+    (directory / "head.safetensors").write_bytes(b"head")
+    (directory / "vocab").mkdir()
+    (directory / "vocab" / "ids.safetensors").write_bytes(b"vocabulary")
+    return records
+
+
+COMPANIONS = ("head.safetensors", "vocab/ids.safetensors")
