@@ -28,7 +28,9 @@ from eagle_offline.config import (
     TokenizeSettings,
     VerifySettings,
     build,
+    location,
     read_yaml,
+    require_path,
 )
 from eagle_offline.errors import (
     EXIT_DATA,
@@ -43,6 +45,15 @@ from eagle_offline.errors import (
 from eagle_offline.train_settings import TrainSettings
 
 _METAVARS = {int: "N", float: "X", Path: "PATH"}
+
+
+class _LocalPath(click.Path):
+    """A path of this machine."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if param is not None:
+            require_path(param.opts[0] if isinstance(param, click.Option) else param.human_readable_name.upper(), value)
+        return super().convert(value, param, ctx)
 
 
 class _Command(click.Command):
@@ -94,7 +105,7 @@ def settings_command(group: click.Group, name: str, kind: type[BaseModel], examp
             if not _extra(info).get("hidden"):
                 command.params.append(_option(field, info))
         config_help = "YAML file of settings; flags win over it."
-        command.params.append(click.Option(["--config"], type=click.Path(path_type=Path), help=config_help))
+        command.params.append(click.Option(["--config"], type=_LocalPath(path_type=Path), help=config_help))
         group.add_command(command)
         return command
 
@@ -185,7 +196,7 @@ def _tokenize(settings: TokenizeSettings) -> None:
 )
 def _estimate(settings: EstimateSettings) -> None:
     """Tell what a precompute would cost, before it is begun: bytes and hours of every choice, and the free disk."""
-    from eagle_offline.precompute.estimate import render_text
+    from eagle_offline.estimate_page import render_text
     from eagle_offline.stages import estimate
 
     estimated = estimate(settings)
@@ -258,7 +269,7 @@ def _train(settings: TrainSettings) -> None:
     eagle-offline inspect-manifest C --sample 12 --json
     """,
 )
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 @click.option("--verify", is_flag=True, help="Read the whole cache and check every digest.")
 @click.option("--sample", type=int, metavar="N", help="The sample to show as text, by its number in the cache, from 0.")
@@ -267,11 +278,11 @@ def _train(settings: TrainSettings) -> None:
     default=None,
     help="Colour instead of marks.  [default: on a terminal, unless NO_COLOR is set]",
 )
-def _inspect(cache: Path, as_json: bool, verify: bool, sample: int | None, colour: bool | None) -> None:
+def _inspect(cache: str, as_json: bool, verify: bool, sample: int | None, colour: bool | None) -> None:
     """Show what a cache is, how complete it is, what it takes on disk, and one of its samples as text."""
     from eagle_offline.stages import inspect_manifest
 
-    description = inspect_manifest(cache, verify=verify, sample=sample)
+    description = inspect_manifest(location(cache), verify=verify, sample=sample)
     if as_json:
         # In ASCII: text of a stranger's cache may be no Unicode, or act on a terminal.
         click.echo(json.dumps(description, indent=2))
@@ -406,8 +417,8 @@ def _plot(settings: PlotSettings) -> None:
 
 
 @cli.command("run", cls=_Command, epilog="eagle-offline run pipelines/quickstart.yaml --work quickstart")
-@click.argument("pipeline", type=click.Path(path_type=Path))
-@click.option("--work", type=click.Path(path_type=Path), default=Path("work"), help="Takes the place of {work}.")
+@click.argument("pipeline", type=_LocalPath(path_type=Path))
+@click.option("--work", type=_LocalPath(path_type=Path), default=Path("work"), help="Takes the place of {work}.")
 @click.option("--dry-run", is_flag=True, help="Check every stage's settings and list them.")
 def _run(pipeline: Path, work: Path, dry_run: bool) -> None:
     """Run a whole job from one YAML file; run it again to go on after an interruption."""
@@ -420,7 +431,7 @@ def _run(pipeline: Path, work: Path, dry_run: bool) -> None:
 
 
 @cli.command("quickstart", cls=_Command, epilog="eagle-offline quickstart --work quickstart")
-@click.option("--work", type=click.Path(path_type=Path), default=Path("quickstart"), help="Where everything goes.")
+@click.option("--work", type=_LocalPath(path_type=Path), default=Path("quickstart"), help="Where everything goes.")
 def _quickstart(work: Path) -> None:
     """Run the whole job on an embedded example: corpus, target, cache, draft, report. Resumes when interrupted."""
     from eagle_offline.pipeline import find_pipeline, run_pipeline

@@ -7,7 +7,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from eagle_offline.errors import UsageError
 from eagle_offline.provenance import digest_bytes, user_cache_directory
@@ -21,6 +30,18 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_urls(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a URL where a file or directory is needed; as a path it would name a directory called ``s3:``."""
+        field = cls.model_fields[info.field_name or ""]
+        if field.annotation in (Path, Path | None, tuple[Path, ...]) and not _takes_urls(field):
+            extra: Any = field.json_schema_extra or {}
+            name = (info.field_name or "").upper() if extra.get("positional") else f"--{info.field_name}"
+            for item in value if isinstance(value, list | tuple) else (value,):
+                require_path(name.replace("_", "-"), item)
+        return value
 
 
 def setting(
@@ -38,12 +59,30 @@ def setting(
     return Field(default, description=description, json_schema_extra=extra, **limits)
 
 
-def _location(value: Any) -> Any:
+def require_path(name: str, value: Any) -> None:
+    """Refuse the URL of an object store.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if "://" in str(value):
+        raise UsageError(
+            f"{name} {value}: a file or directory of this machine is needed here, not a URL; copy from or to the store "
+            "with its own tool, such as aws s3 sync"
+        )
+
+
+def _takes_urls(field: Any) -> bool:
+    return any(isinstance(part, BeforeValidator) for part in field.metadata)
+
+
+def location(value: Any) -> Any:
+    """Return a path where a text names one, and a URL as it is."""
     return Path(value) if isinstance(value, str) and "://" not in value else value
 
 
 # A directory, or the fsspec URL of a cache in an object store.
-Location = Annotated[Path | str, BeforeValidator(_location)]
+Location = Annotated[Path | str, BeforeValidator(location)]
 
 
 def listed(value: Any) -> Any:
@@ -69,7 +108,7 @@ class TokenizeSettings(Settings):
     data_revision: str | None = setting(None, "Revision of a hub dataset.")
     revision: str | None = setting(None, "Revision of a hub model.")
     seq_length: int = setting(
-        2048, "Longest sample in tokens; longer ones keep their start.", flags=("--max-length",), gt=2
+        2048, "Longest sample in tokens; longer ones keep their start.", flags=("--max-length",), gt=2, lt=1 << 31
     )
     chat_template: Path | None = setting(None, "Jinja file to use instead of the tokenizer's chat template.")
     on_bad_row: Literal["quarantine", "stop"] = setting(
@@ -91,8 +130,8 @@ class PrecomputeSettings(TokenizeSettings):
     draft_vocab_size: int | None = setting(
         None, "Tokens the draft can propose; default 32000, or all if there are fewer.", gt=0
     )
-    batch_size: int = setting(4, "Samples of similar length that go through the target at once.", gt=0)
-    shard_size: int = setting(256, "Samples a shard.", gt=0)
+    batch_size: int = setting(4, "Samples of similar length that go through the target at once.", gt=0, lt=1 << 31)
+    shard_size: int = setting(256, "Samples a shard.", gt=0, lt=1 << 62)
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "What states are stored in.")
     compute_dtype: Literal["bf16", "fp16", "fp32"] | None = setting(
         None, "What the target runs in; default the checkpoint's own, fp32 on a CPU."
@@ -114,7 +153,7 @@ class PrecomputeSettings(TokenizeSettings):
     top_k: int | None = setting(None, "Of topk: how many probabilities are kept a position; default 64.", gt=0)
     format: Literal["arrow", "zarr"] = setting("arrow", "What shards are: Arrow files, or Zarr v3 groups.")
     compressor: Literal["zstd", "blosc"] | None = setting(None, "Of zarr: what compresses its chunks; default zstd.")
-    shuffle_seed: int | None = setting(None, "Shuffle the samples over the shards by this seed.")
+    shuffle_seed: int | None = setting(None, "Shuffle the samples over the shards by this seed.", ge=0, lt=1 << 64)
     device: str | None = setting(None, "Torch device; default cuda if there is one, else cpu.")
     on_nonfinite: Literal["stop", "drop"] = setting(
         "stop", "A sample with NaN or infinite states: stop, or leave it out and record it."
@@ -133,6 +172,8 @@ class PrecomputeSettings(TokenizeSettings):
         url = values.get("output_dir") if isinstance(values, dict) else None
         if not isinstance(url, str) or "://" not in url:
             return values
+        require_path("--staging-dir", values.get("staging_dir"))
+        url = url.rstrip("/")
         staging = values.get("staging_dir") or user_cache_directory() / "staging" / digest_bytes(url.encode())
         return {**values, "store_url": url, "output_dir": staging}
 
@@ -157,7 +198,7 @@ class ConvertSettings(Settings):
     dtype: Literal["bf16", "fp16", "fp32"] | None = setting(None, "What states are stored in; default as they are.")
     format: Literal["arrow", "zarr"] | None = setting(None, "What shards are; default as they are.")
     compressor: Literal["zstd", "blosc"] | None = setting(None, "Of zarr: what compresses its chunks; default zstd.")
-    shard_size: int | None = setting(None, "Samples a shard; default as it is.", gt=0)
+    shard_size: int | None = setting(None, "Samples a shard; default as it is.", gt=0, lt=1 << 62)
     aux_layer_ids: tuple[int, ...] | None = setting(None, "Keep these of the cache's layers only.")
     samples: str | None = setting(None, "Take FIRST:LAST of the samples in cache order, such as 0:1000; default all.")
     process_index: int = setting(0, "This process's number among those that fill one cache.", ge=0)
@@ -268,7 +309,7 @@ class RewriteSettings(Settings):
 class InspectSettings(Settings):
     """A look at a cache."""
 
-    cache: Path = setting(..., "Cache to look at.")
+    cache: Location = setting(..., "Cache to look at, a directory or URL.")
     verify: bool = setting(False, "Read the whole cache and check every digest.")
 
 

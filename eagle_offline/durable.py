@@ -113,7 +113,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(sibling, path)
             fsync_directory(path.parent)
     finally:
-        sibling.unlink(missing_ok=True)
+        with suppress(OSError):  # in a directory that may not be written any more it stays, and is cleared away later
+            sibling.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -190,7 +191,9 @@ def create_exclusively(path: Path, content: bytes) -> bool:
 
 def remove_abandoned(directory: Path) -> None:
     """Remove temporary files and directories whose writer is gone: dead on this host, or a day old."""
-    for path in list(directory.rglob(f".*{TEMPORARY_MARK}*")):
+    # Not by `rglob`, which fails when a directory of a live writer gets its name meanwhile.
+    below = (Path(root, name) for root, folders, files in os.walk(directory) for name in (*folders, *files))
+    for path in [path for path in below if path.name.startswith(".") and TEMPORARY_MARK in path.name]:
         host, _, rest = path.name.rpartition(TEMPORARY_MARK)[2].rpartition("-")[0].rpartition("-")
         if host == socket.gethostname() and rest.isdigit():
             abandoned = not is_alive(int(rest))

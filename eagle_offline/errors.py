@@ -6,6 +6,10 @@ the way out. Anything else that escapes is a defect of this package and keeps it
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -49,6 +53,27 @@ class SpaceError(EagleOfflineError):
     """No room left on the disk, or the quota is used up."""
 
     exit_code = EXIT_SPACE
+
+
+_NUMBERED = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+
+
+def unreadable(path: object, what: str, error: Exception) -> EagleOfflineError:
+    """Return what to raise for something that could not be read: damage, unless this process or machine ran out.
+
+    Args:
+        path: of what.
+        what: is wrong with it, if it is.
+        error: of the operating system, or of a library that passes it on in words.
+    """
+    number = getattr(error, "errno", None)
+    if number is None and (match := _NUMBERED.search(str(error))):
+        number = int(match[1] or match[2])
+    if number in (errno.EMFILE, errno.ENFILE):
+        return EagleOfflineError(f"{path}: {os.strerror(number)}; allow more (ulimit -n 4096) and run again")
+    if number == errno.ENOMEM:
+        return EagleOfflineError(f"{path}: {os.strerror(number)}; free some memory and run again")
+    return DataError(f"{path}: {what}: {one_line(getattr(error, 'strerror', None) or error)}")
 
 
 def printable(text: str) -> str:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,21 @@ import numpy as np
 from pydantic import ValidationError
 
 from eagle_offline.cache.index import SampleIndex, index_of, read_index
-from eagle_offline.cache.layout import MANIFEST_FILE, CommitRecord, record_file, repair_way_out, shard_of_record
+from eagle_offline.cache.layout import (
+    MANIFEST_FILE,
+    TOKENS_DIRECTORY,
+    CommitRecord,
+    record_file,
+    repair_way_out,
+    runs_of,
+    shard_of_record,
+)
 from eagle_offline.cache.manifest import Manifest, first_problem, read_json_object, read_manifest
+from eagle_offline.cache.remote import Mirror, RemoteCache, is_url, mirror_directory
 from eagle_offline.cache.writer import read_record
+from eagle_offline.config import require_path
 from eagle_offline.errors import DataError, UsageError
-from eagle_offline.inspection_example import choose_sample, read_example, sample_facts
+from eagle_offline.inspection_example import TOKENIZER_FILE, choose_sample, read_example, sample_facts
 from eagle_offline.inspection_page import render_text
 from eagle_offline.inspection_record import (
     Extremes,
@@ -33,6 +44,8 @@ from eagle_offline.inspection_record import (
 from eagle_offline.inspection_rows import file_size, lost_examples, most_common, quarantine, read_meta
 from eagle_offline.inspection_sizes import known, size_facts, total
 from eagle_offline.progress import Progress
+from eagle_offline.provenance import user_cache_directory
+from eagle_offline.text.token_table import META_FILE, QUARANTINE_FILE, TOKENS_FILE
 
 __all__ = ["describe_cache", "render_text"]
 
@@ -42,35 +55,47 @@ _STATUS_NAME = re.compile(r"status(-\d{4})?\.json")
 # A cache may be a stranger's: what is taken from it is bounded.
 _MAX_STATUS_BYTES = 64 << 10
 _MAX_LISTED = 100
+# Of the tokens of a cache in an object store, which are fetched to show one sample.
+_MAX_TOKENS_BYTES = 64 << 20
 
 
-def describe_cache(path: Path, *, verify: bool = False, sample: int | None = None) -> dict[str, Any]:
+def describe_cache(cache: Path | str, *, verify: bool = False, sample: int | None = None) -> dict[str, Any]:
     """Return everything `inspect-manifest --json` prints, an `Inspection` as JSON values.
 
     Args:
-        path: the cache's directory.
+        cache: its directory, or the URL of one in an object store: then only what describes it comes down.
         verify: also read the whole cache; what is wrong stands under ``problems``.
         sample: the one to decode, by its number in the cache; one of moderate length when None.
 
     Raises:
         DataError: no cache there. MismatchError: of another version. UsageError: no such sample.
     """
-    manifest = read_manifest(path)
-    sizes = _top_level_sizes(path)
+    if is_url(cache):
+        if verify:
+            require_path("--verify", cache)
+        path, begun_at, sizes, companions = _brought_here(str(cache), with_tokens=sample is not None)
+        manifest = read_manifest(path)
+    else:
+        path = Path(cache)
+        manifest = read_manifest(path)
+        begun_at, sizes = (path / MANIFEST_FILE).stat().st_mtime, _top_level_sizes(path)
+        companions = {name: file_size(path / name) for name in manifest.files}
     index, problems = _committed(path, sizes, manifest)
     if sample is not None and not 0 <= sample < len(index):
-        raise UsageError(f"--sample {sample}: {path} holds {f'0 to {len(index) - 1}' if len(index) else 'no sample'}")
-    problems += [*_missing_companions(path, manifest), *_missing_shards(sizes, index)]
+        raise UsageError(f"--sample {sample}: {cache} holds {f'0 to {len(index) - 1}' if len(index) else 'no sample'}")
+    problems += [*_missing_companions(cache, companions, manifest), *_missing_shards(sizes, index)]
     meta, unreadable = read_meta(path)
     problems += [] if unreadable is None else [unreadable]
     number = choose_sample(index) if sample is None else sample
+    if is_url(cache) and file_size(path / TOKENS_DIRECTORY / TOKENS_FILE) is None:
+        number = None
     if verify:
         problems = _verified(path, len(index.entries))
     lost = [item for entry in index.entries for item in entry.lost]
     inspection = Inspection(
-        path=str(path),
+        path=str(cache),
         identity_digest=manifest.identity.digest,
-        begun_at=_modified_at(path / MANIFEST_FILE),
+        begun_at=datetime.fromtimestamp(int(begun_at), UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         manifest=manifest,
         complete=len(index.entries) == manifest.identity.num_shards,
         shards=_shards(manifest, index),
@@ -82,10 +107,43 @@ def describe_cache(path: Path, *, verify: bool = False, sample: int | None = Non
         example=None if number is None else read_example(path, index, number, meta),
         problems=_bounded(problems),
         **_samples(index),
-        **size_facts(path, manifest, index, sizes),
+        **(size_facts(path, manifest, index, sizes) | ({"free_bytes": None} if is_url(cache) else {})),
     )
     # A manifest's environment may hold what Python calls NaN and JSON does not know.
     return json.loads(json.dumps(inspection.model_dump(by_alias=True)), parse_constant=lambda _: None)
+
+
+def _brought_here(url: str, *, with_tokens: bool) -> tuple[Path, float, dict[str, int | None], dict[str, int | None]]:
+    """Bring what describes a cache in an object store to this machine.
+
+    Args:
+        with_tokens: the tokens too, however many; else only few.
+
+    Returns:
+        The directory it is in; when the cache was begun, in seconds; the sizes of what stands in the store, None for
+        directories; those of the files that come with it, None for missing ones.
+    """
+    remote = RemoteCache(url)
+    mirror = Mirror(remote, mirror_directory(user_cache_directory() / "shards", url))
+    listed = mirror.pull(records=False)
+    if MANIFEST_FILE not in listed:
+        raise DataError(f"{url}: no cache there: {MANIFEST_FILE} is missing")
+    manifest = read_manifest(mirror.directory)
+    committed = sorted(shard for name in listed if (shard := shard_of_record(name)) is not None)
+    if read_index(mirror.directory, listed, committed, manifest.identity.digest) is None:
+        listed = mirror.pull()
+    for name in filter(_STATUS_NAME.fullmatch, listed):
+        mirror.ensure(name, again=True)
+    entries = {name: remote.entry(name) for name in manifest.files}
+    tokens = f"{TOKENS_DIRECTORY}/{TOKENS_FILE}"
+    shown = (TOKENIZER_FILE, tokens, *(f"{TOKENS_DIRECTORY}/{name}" for name in (META_FILE, QUARANTINE_FILE)))
+    for name in shown:
+        entry = entries.get(name)
+        if entry is not None and (name != tokens or with_tokens or entry.num_bytes <= _MAX_TOKENS_BYTES):
+            mirror.ensure(name, entry.num_bytes)
+    sizes = {name: None if entry.is_directory else entry.num_bytes for name, entry in listed.items()}
+    companions = {name: None if entry is None else entry.num_bytes for name, entry in entries.items()}
+    return mirror.directory, remote.modified(MANIFEST_FILE).timestamp(), sizes, companions
 
 
 def _top_level_sizes(path: Path) -> dict[str, int | None]:
@@ -120,13 +178,13 @@ def _records(path: Path, committed: list[int], manifest: Manifest, problems: lis
             yield record
 
 
-def _missing_companions(path: Path, manifest: Manifest) -> Iterator[str]:
+def _missing_companions(cache: Path | str, sizes: dict[str, int | None], manifest: Manifest) -> Iterator[str]:
     for name, recorded in manifest.files.items():
-        size = file_size(path / name)
+        size = sizes[name]
         if size is None:
             yield f"{name}: missing; run precompute --resume to write it again"
         elif size != recorded.num_bytes:
-            yield f"{name}: {size} bytes, expected {recorded.num_bytes}; {repair_way_out(path)}"
+            yield f"{name}: {size} bytes, expected {recorded.num_bytes}; {repair_way_out(cache)}"
 
 
 def _missing_shards(sizes: dict[str, int | None], index: SampleIndex) -> Iterator[str]:
@@ -151,23 +209,11 @@ def _bounded(problems: list[str]) -> list[str]:
     return [*problems[:_MAX_LISTED], *([f"and {more} more"] if more > 0 else [])]
 
 
-def _modified_at(path: Path) -> str:
-    return datetime.fromtimestamp(int(path.stat().st_mtime), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def _shards(manifest: Manifest, index: SampleIndex) -> Shards:
     num_shards = manifest.identity.num_shards
     present = {entry.shard for entry in index.entries}
-    ranges: list[ShardRange] = []
-    for shard in range(num_shards):
-        if shard in present:
-            continue
-        if ranges and ranges[-1].last == shard - 1:
-            ranges[-1] = ShardRange(first=ranges[-1].first, last=shard)
-        elif len(ranges) < _MAX_LISTED:
-            ranges.append(ShardRange(first=shard, last=shard))
-        else:
-            break
+    runs = islice(runs_of(shard for shard in range(num_shards) if shard not in present), _MAX_LISTED)
+    ranges = [ShardRange(first=first, last=last) for first, last in runs]
     return Shards(total=num_shards, committed=len(present), missing_ranges=ranges)
 
 

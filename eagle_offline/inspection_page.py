@@ -156,7 +156,9 @@ def _size_facts(inspection: Inspection) -> list[Row]:
     """Return what the cache takes, and beside what."""
     shard_bytes, raw_bytes = inspection.shard_bytes, sum(inspection.raw_field_bytes.values())
     beside = sum(part.num_bytes for part in inspection.parts) - shard_bytes
-    size = f"{_bytes(shard_bytes)} in shards, {_bytes(beside)} beside them; {_bytes(inspection.free_bytes)} free there"
+    size = f"{_bytes(shard_bytes)} in shards, {_bytes(beside)} beside them"
+    if inspection.free_bytes is not None:
+        size += f"; {_bytes(inspection.free_bytes)} free there"
     rows: list[Row] = [("size", size)]
     if inspection.bytes_per_token is not None:
         rows.append(("bytes a token", f"{inspection.bytes_per_token:,.1f}"))

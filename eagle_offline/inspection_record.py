@@ -172,7 +172,7 @@ class Inspection(Frozen):
         column_bytes, raw_field_bytes: by column as stored, and by field as it would be without encoding.
         raw_states_bytes: bf16 states of every layer at every position; share_of_raw_states: shards over that.
         parts: what takes room.
-        free_bytes: on the disk where it lies.
+        free_bytes: on the disk where it lies; None for an object store.
         problems: what is wrong, one line each.
     """
 
@@ -197,7 +197,7 @@ class Inspection(Frozen):
     raw_states_bytes: int
     share_of_raw_states: float | None
     parts: list[SizePart]
-    free_bytes: int
+    free_bytes: int | None
     draft_vocabulary: VocabularyFacts
     fields: list[FieldFacts]
     quarantine: Quarantine

@@ -5,9 +5,11 @@ Digests are xxh3_128 in hexadecimal: they find accidents (a changed file, a mixe
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,8 +35,25 @@ def digest_json(value: Any) -> str:
     return digest_bytes(text.encode(errors="replace"))
 
 
+def plain_size(path: Path) -> int:
+    """Return the size of a plain file, or of the one that a link leads to.
+
+    Raises:
+        OSError: a pipe, which would be waited for, or a device, which never ends; or there is nothing.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a plain file")
+    return status.st_size
+
+
 def digest_file(path: Path) -> str:
-    """Return the digest of a file's bytes, read in pieces."""
+    """Return the digest of a file's bytes, read in pieces.
+
+    Raises:
+        OSError: it cannot be read, or is no plain file.
+    """
+    plain_size(path)
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while piece := file.read(_READ_BYTES):

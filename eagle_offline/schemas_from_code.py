@@ -13,12 +13,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from eagle_offline import config
+from eagle_offline.cache.aside import AsideReasons
 from eagle_offline.cache.layout import CommitRecord, FieldLayout
 from eagle_offline.cache.manifest import Manifest
-from eagle_offline.cache.repair import AsideReasons
 from eagle_offline.draft.origin import DraftOrigin
 from eagle_offline.inspection_record import Inspection
-from eagle_offline.precompute.estimate import Estimate
+from eagle_offline.precompute.estimate_record import Estimate
 from eagle_offline.serving.results import Evaluation
 from eagle_offline.text.token_table import TokenTableMeta
 from eagle_offline.train_settings import TrainSettings

@@ -36,12 +36,12 @@ from eagle_offline.train_settings import TrainSettings
 
 # torch and transformers are imported by the stage that needs them: inspecting a cache needs neither.
 if TYPE_CHECKING:
+    from eagle_offline.cache.findings import Verification
     from eagle_offline.cache.manifest import Manifest
     from eagle_offline.cache.publishing import Publisher
     from eagle_offline.cache.repair import Repair
-    from eagle_offline.cache.verify import Verification
     from eagle_offline.draft.warm_start import DraftWeights
-    from eagle_offline.precompute.estimate import Estimate
+    from eagle_offline.precompute.estimate_record import Estimate
     from eagle_offline.serving.check import CheckReport
     from eagle_offline.serving.drafts import ServedDraft
     from eagle_offline.serving.results import Evaluation
@@ -191,7 +191,8 @@ def estimate(settings: EstimateSettings) -> Estimate:
     from eagle_offline.precompute.plan import check_output_directory
 
     with StopRequest(0) as stop:
-        if settings.output_dir is not None:
+        # What goes to an object store is looked at as what has no place yet.
+        if settings.output_dir is not None and settings.store_url is None:
             recorded = check_output_directory(settings)
             tokenizer, table = _tokenize_for(settings, recorded, stop)
             return estimate_cache(settings, table, tokenizer, settings.output_dir, stop)
@@ -201,7 +202,7 @@ def estimate(settings: EstimateSettings) -> Estimate:
             return estimate_cache(settings, table, tokenizer, Path.cwd(), stop)
 
 
-def inspect_manifest(cache: Path, *, verify: bool = False, sample: int | None = None) -> dict[str, Any]:
+def inspect_manifest(cache: Path | str, *, verify: bool = False, sample: int | None = None) -> dict[str, Any]:
     """Return what a cache is, how complete it is and one sample as text; with ``verify`` also what is wrong.
 
     Raises:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from eagle_offline.cache.formats import digest_shard
 from eagle_offline.cache.layout import FORMAT_NAME, FORMAT_VERSION, CommitRecord, SampleTable, record_file, shard_file
 from eagle_offline.cache.manifest import sealed
-from eagle_offline.cache.remote import digest_shard
 from eagle_offline.provenance import digest_bytes
 
 # What a user sets; the keys are those of nobody.
@@ -126,7 +129,7 @@ def write_shard_by_hand(directory: Path, shard: int, format_: str, content: byte
         (draft / "zarr.json").write_bytes(b"{}")
         (draft / "aux_1" / "c.0.0.0").write_bytes(content)
         (draft / "aux_1" / "c.1.0.0").write_bytes(content[::-1])
-    digest = digest_shard(draft)
+    digest = digest_shard(draft)[0]
     file = directory / shard_file(shard, digest, format_)
     draft.rename(file)
     files = [file] if file.is_file() else [path for path in file.rglob("*") if path.is_file()]
@@ -161,3 +164,86 @@ def write_cache_by_hand(directory: Path, num_shards: int = 3, format_: str = "ar
 
 
 COMPANIONS = ("head.safetensors", "vocab/ids.safetensors")
+
+
+class Forked:
+    """Runs of `eagle-offline`, each a fork of one warm process, killed at a chosen request to the store."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.object_store"],
+            cwd=Path(__file__).resolve().parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, argv: Sequence[str], directory: Path, kill_at: int = 0, when: str = "before") -> tuple[int, str]:
+        """Return the exit code (negative: the signal) and what was said on stderr.
+
+        Args:
+            directory: where to put what it says.
+            kill_at: the number, from 1, of the change in the store that is its last; 0: none.
+            when: before the change, or after it.
+        """
+        request = {"argv": list(argv), "err": str(directory / "err.txt"), "kill_at": kill_at, "when": when}
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline()), (directory / "err.txt").read_text()
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+def _serve() -> None:
+    """Answer requests of `Forked`."""
+    import torch
+
+    from tests.faults.crash_driver import warm_up
+
+    torch.set_num_threads(1)
+    warm_up()
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                _run_once(**json.loads(line))
+            finally:
+                os._exit(99)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # noqa: T201
+
+
+def _run_once(argv: list[str], err: str, kill_at: int, when: str) -> None:
+    from eagle_offline.cache.remote import RemoteCache
+    from eagle_offline.cli import main
+
+    descriptor = os.open(err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    changes = [0]
+
+    def watched(change: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: RemoteCache, *arguments: Any) -> Any:
+            changes[0] += 1
+            if changes[0] == kill_at and when == "before":
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = change(self, *arguments)
+            if changes[0] == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    for name in ("put", "create", "remove"):
+        setattr(RemoteCache, name, watched(getattr(RemoteCache, name)))
+    try:
+        main(argv)
+    except SystemExit as stop:
+        sys.stderr.flush()
+        os._exit(int(stop.code or 0))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -22,8 +22,10 @@ from eagle_offline.cache.codec import losses_of
 from eagle_offline.cache.manifest import read_manifest
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.errors import StoppedEarly
-from eagle_offline.precompute import estimate as estimating
-from eagle_offline.precompute.estimate import choices, probe_batches
+from eagle_offline.precompute import probe as probing
+from eagle_offline.precompute.estimate import choices
+from eagle_offline.precompute.plan import encoding_choice
+from eagle_offline.precompute.probe import probe_batches
 from eagle_offline.supervision import supervised_positions
 from eagle_offline.text.token_table import open_token_table
 from tests import builders
@@ -69,7 +71,7 @@ def shared_estimate(format_: str = "arrow", *extra: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _short_writing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimating, "_DISK_PIECES", 1)
+    monkeypatch.setattr(probing, "_DISK_PIECES", 1)
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(estimating, "load_model", load)
+    monkeypatch.setattr(probing, "load_model", load)
 
 
 def precompute_flags(choice: dict[str, Any]) -> dict[str, Any]:
@@ -241,14 +243,14 @@ def test_where_nothing_fits_the_way_out_is_told(free_bytes: Callable[[int], None
 
 def test_times_are_told_and_the_target_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref[Any]] = []
-    load = estimating.load_model
+    load = probing.load_model
 
     def watched(*arguments: Any) -> Any:
         model = load(*arguments)
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(estimating, "load_model", watched)
+    monkeypatch.setattr(probing, "load_model", watched)
     told = estimate(None)
     gc.collect()
     assert [model() for model in loaded] == [None]
@@ -258,7 +260,7 @@ def test_times_are_told_and_the_target_is_let_go_of(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_slow_target_is_probed_with_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimating, "PROBE_SECONDS", 0.0)
+    monkeypatch.setattr(probing, "PROBE_SECONDS", 0.0)
     assert estimate(None)["probe"]["num_batches"] == 1
 
 
@@ -266,13 +268,13 @@ def test_being_stopped_leaves_tokens_only(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         "eagle_offline.interrupts.StopRequest.requested", property(lambda _: (tmp_path / "go").exists())
     )
-    load = estimating.load_model
+    load = probing.load_model
 
     def then_stop(*arguments: Any) -> Any:
         (tmp_path / "go").touch()
         return load(*arguments)
 
-    monkeypatch.setattr(estimating, "load_model", then_stop)
+    monkeypatch.setattr(probing, "load_model", then_stop)
     ended = run(tmp_path / "cache")
     assert ended.code == StoppedEarly.exit_code
     assert ended.err.splitlines()[-1].startswith("error: stopped by a signal while the target was probed")
@@ -283,7 +285,7 @@ def test_memory_that_does_not_suffice_is_one_line(monkeypatch: pytest.MonkeyPatc
     def too_large(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nand more")
 
-    monkeypatch.setattr(estimating, "load_model", too_large)
+    monkeypatch.setattr(probing, "load_model", too_large)
     ended = run(None)
     assert ended.code == 1
     assert ended.err.splitlines()[-1].startswith("error: cpu: out of memory with --batch-size 3 and --seq-length 96: ")
@@ -332,7 +334,7 @@ def test_the_settings_own_choice_is_among_those_compared() -> None:
     ):
         settings = PrecomputeSettings.model_validate(given | own)
         compared = choices(settings)
-        assert estimating.encoding_choice(settings) in compared
+        assert encoding_choice(settings) in compared
         assert len(set(compared)) == len(compared)
         assert all(choice.dtype == settings.dtype for choice in compared)
 

@@ -16,7 +16,8 @@ from eagle_offline.cache import codec
 from eagle_offline.cache.layout import FORMAT_NAME, FORMAT_VERSION, MERGED_BATCH_BYTES, FieldLayout, SampleTable
 from eagle_offline.cache.samples import StoredSample, TableBuilder
 from eagle_offline.durable import fsync_file
-from eagle_offline.errors import DataError, one_line
+from eagle_offline.errors import DataError, one_line, unreadable
+from eagle_offline.provenance import plain_size
 
 _ID_COLUMNS = (
     pa.field("sample_id", pa.int64(), nullable=False),
@@ -166,11 +167,12 @@ class ArrowShardReader:
         # Arrow does not say that one file reader serves several threads; finding a batch takes microseconds.
         self._lock = threading.Lock()
         try:
+            plain_size(path)
             self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
         except FileNotFoundError as error:
             raise DataError(f"{path}: shard file is missing") from error
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a complete Arrow file: {one_line(error)}") from error
+            raise unreadable(path, "not a complete Arrow file", error) from error
         expected = shard_schema(fields, shard, identity_digest)
         if not self._reader.schema.equals(expected, check_metadata=True):
             raise DataError(f"{path}: shard {shard} has the columns or the manifest of another cache")

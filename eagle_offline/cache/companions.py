@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from eagle_offline.cache.layout import EMBEDDINGS_FILE, HEAD_FILE, VOCAB_DIRECTORY
 from eagle_offline.errors import DataError
+from eagle_offline.provenance import plain_size
 from eagle_offline.supervision import Head
 from eagle_offline.vocab import digest_ids
 
@@ -55,7 +56,7 @@ def read_head(directory: Path) -> Head:
         scale, soft_cap = float(after["scale"]), after["soft_cap"]
         weight = read_embeddings(directory) if after["tied"] else tensors["weight"]
         return Head(weight, tensors.get("bias"), scale, None if soft_cap is None else float(soft_cap))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DataError(f"{directory / HEAD_FILE}: holds no head weight, scale and soft-cap") from error
 
 
@@ -89,9 +90,10 @@ def read_vocab(directory: Path, digest: str, vocab_size: int) -> torch.Tensor:
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
+        plain_size(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing; run precompute --resume to write it again") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise DataError(f"{path}: not a readable safetensors file: {error}") from error

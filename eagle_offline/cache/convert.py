@@ -27,7 +27,7 @@ from eagle_offline.cache.filling import (
     fill_shards,
     own_shards,
 )
-from eagle_offline.cache.layout import STATUS_FILE, LostSample, repair_way_out
+from eagle_offline.cache.layout import ASIDE_DIRECTORY, CONFIG_FILE, STATUS_FILE, LostSample, repair_way_out
 from eagle_offline.cache.manifest import (
     CaptureIdentity,
     CompanionFile,
@@ -39,7 +39,7 @@ from eagle_offline.cache.manifest import (
 )
 from eagle_offline.cache.reader import Cache, open_cache
 from eagle_offline.cache.samples import EncodingErrors, StoredSample
-from eagle_offline.cache.verify import ASIDE_DIRECTORY, CONFIG_FILE, config_bytes
+from eagle_offline.cache.saved_settings import config_bytes
 from eagle_offline.cache.writer import committed_shards, ensure_index
 from eagle_offline.config import ConvertSettings
 from eagle_offline.durable import create_exclusively, make_directory, remove_abandoned, replacing
@@ -256,10 +256,7 @@ def _copy_companion(cache: Path, name: str, recorded: CompanionFile, destination
         with sibling.open("wb") as copy:
             shutil.copyfileobj(file, copy, _COPIED_BYTES)
         if sibling.stat().st_size != recorded.num_bytes or digest_file(sibling) != recorded.digest:
-            raise DataError(
-                f"{cache / name}: differs from what the manifest records; "
-                f"{repair_way_out(cache)}"
-            )
+            raise DataError(f"{cache / name}: differs from what the manifest records; {repair_way_out(cache)}")
 
 
 def summarize(plan: ConversionPlan) -> dict[str, Any]:

@@ -250,9 +250,12 @@ class _TopK:
 
         count = _top_k(field)
         probs = values_of(planes[0], torch_dtype(field.dtype), count).float()
-        stored = values_of(planes[1], torch.uint16 if _place_dtype(field).itemsize == 2 else torch.int32, count)
+        # Read as signed, because few kernels know uint16.
+        small = _place_dtype(field).itemsize == 2
+        places = values_of(planes[1], torch.int16 if small else torch.int32, count).long()
+        places = places & 0xFFFF if small else places
         # What the bytes of a stranger's cache name must stay inside the row.
-        places = stored.long().clamp(0, field.width - 1)
+        places = places.clamp(0, field.width - 1)
         share = values_of(planes[2], torch.float32, 1) / max(field.width - count, 1)
         rows = share.expand(len(probs), field.width).clone()
         return rows.scatter_(1, places, probs).to(torch_dtype(field.dtype))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle_offline.cache.index import drop_indexes
 from eagle_offline.cache.layout import MANIFEST_FILE, CommitRecord, LostSample, repair_way_out
 from eagle_offline.cache.manifest import Identity, Manifest, read_manifest, refuse_drift, write_manifest
 from eagle_offline.cache.samples import EncodingErrors, StoredSample
@@ -163,6 +164,9 @@ def fill_shards(
     Raises:
         StoppedEarly: asked to stop; committed shards stay. EagleOfflineError: see `eagle_offline.errors`.
     """
+    if work:
+        # Of shards that are made anew: an index may name files of the same number that are still there.
+        drop_indexes(directory)
     tracker = _Tracker(progress, stop, sum(item.estimated_bytes for item in work))
     for item in work:
         tracker.begin_shard(item.num_tokens)

@@ -8,6 +8,7 @@ from typing import Protocol
 from eagle_offline.cache.layout import SampleTable
 from eagle_offline.cache.manifest import Identity
 from eagle_offline.cache.samples import StoredSample
+from eagle_offline.provenance import digest_file, plain_size
 
 
 class ShardWriter(Protocol):
@@ -43,6 +44,23 @@ class ShardReader(Protocol):
 def frames_columns(format_: str) -> bool:
     """Say whether a format wants columns that compress as frames; else it compresses around them."""
     return format_ == "arrow"
+
+
+def digest_shard(path: Path, num_bytes: int | None = None) -> tuple[str, int]:
+    """Return the digest of a shard, a file or a directory, and its size.
+
+    Args:
+        num_bytes: what it should have; one of another size is not read, and its digest is none.
+
+    Raises:
+        DataError, OSError: it cannot be read.
+    """
+    if path.is_dir():
+        from eagle_offline.cache.zarr_shards import digest_tree
+
+        return digest_tree(path, num_bytes)
+    found = plain_size(path)
+    return (digest_file(path) if num_bytes in (None, found) else ""), found
 
 
 def shard_writer(path: Path, identity: Identity, shard: int) -> ShardWriter:

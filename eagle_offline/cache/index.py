@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from eagle_offline.cache.layout import (
+    ByteCount,
     CommitRecord,
     Count,
     Digest,
@@ -28,9 +29,9 @@ from eagle_offline.cache.layout import (
     SampleTable,
     ShardFile,
 )
-from eagle_offline.durable import create_exclusively
-from eagle_offline.errors import DataError
-from eagle_offline.provenance import digest_bytes
+from eagle_offline.durable import write_bytes
+from eagle_offline.errors import DataError, unreadable
+from eagle_offline.provenance import digest_bytes, plain_size
 
 _INDEX_NAME = re.compile(r"index-([0-9a-f]{32})\.arrow")
 
@@ -53,11 +54,11 @@ class ShardEntry(Frozen):
 
     shard: Count
     file: ShardFile
-    file_bytes: int = Field(ge=0)
+    file_bytes: ByteCount
     digest: Digest
     num_samples: Count
     lost: list[LostSample]
-    column_bytes: dict[str, int]
+    column_bytes: dict[str, ByteCount]
     encoding_errors: dict[str, EncodingError]
 
 
@@ -138,7 +139,7 @@ def write_index(directory: Path, index: SampleIndex, identity_digest: str) -> st
         writer.write_batch(batch)
     content = sink.getvalue().to_pybytes()
     name = f"index-{digest_bytes(content)}.arrow"
-    create_exclusively(directory / name, content)
+    write_bytes(directory / name, content)
     drop_indexes(directory, but=name)
     return name
 
@@ -171,15 +172,20 @@ def read_index(
 
 
 def _read(path: Path, identity_digest: str) -> SampleIndex | None:
+    """Return an index that is whole and of this cache; what is derived is never an error: the records are there."""
     match = _INDEX_NAME.fullmatch(path.name)
     try:
-        with pa.memory_map(str(path)) as mapped:
-            content = mapped.read_buffer()
+        plain_size(path)
+        # Not mapped: whoever cuts the file short would take the reader down.
+        content = pa.py_buffer(path.read_bytes())
         if match is None or digest_bytes(content) != match[1]:
             return None
         return _parsed(content, identity_digest)
-    except (OSError, pa.ArrowException, ValidationError, DataError, ValueError):
-        # What is derived is never an error: the records are there.
+    except OSError as error:
+        if not isinstance(unreadable(path, "", error), DataError):
+            raise unreadable(path, "cannot be read", error) from error
+        return None
+    except (pa.ArrowException, ValidationError, DataError, ValueError, LookupError):
         return None
 
 
@@ -198,6 +204,8 @@ def _parsed(content: pa.Buffer, identity_digest: str) -> SampleIndex | None:
             return None
         # Not by `to_numpy`, which imports pandas.
         arrays[name] = np.from_dlpack(column)
+        if name != "digest" and not (arrays[name] >= 0).all():
+            return None
     if sum(entry.num_samples for entry in entries) != batch.num_rows:
         return None
     assert {field.name for field in fields(SampleIndex)} == {"entries", *arrays}

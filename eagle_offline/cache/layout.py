@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,12 +12,14 @@ FORMAT_NAME: Final = "eagle-offline-cache"
 FORMAT_VERSION: Final = 2
 
 MANIFEST_FILE = "manifest.json"
+CONFIG_FILE = "config.json"
 HEAD_FILE = "head.safetensors"
 EMBEDDINGS_FILE = "embeddings.safetensors"
 TARGET_DIRECTORY = "target"
 TOKENS_DIRECTORY = "tokens"
 VOCAB_DIRECTORY = "vocab"
 STATUS_FILE = "status.json"
+ASIDE_DIRECTORY = "aside"
 
 LAST_HIDDEN_STATE = "last_hidden_state"
 TARGET_PROBS = "target_probs"
@@ -29,7 +32,8 @@ EXACT_MANTISSA_BITS: Final = 7
 
 STORED_DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
-_RECORD_NAME = re.compile(r"commit-(\d{6,})\.json")
+_RECORD_NAME = re.compile(r"commit-([0-9]{6,10})\.json")
+_SHARD_NAME = re.compile(r"shard-(\d{6,})-[0-9a-f]{32}\.(arrow|zarr)")
 
 
 def aux_field(layer_id: int) -> str:
@@ -45,7 +49,8 @@ def record_file(shard: int) -> str:
 def shard_of_record(name: str) -> int | None:
     """Return the shard number of a commit record's file name, None for any other name."""
     match = _RECORD_NAME.fullmatch(name)
-    return int(match[1]) if match else None
+    # One name a shard: with more zeros than it needs a record would count twice.
+    return int(match[1]) if match and name == record_file(int(match[1])) else None
 
 
 def shard_file(shard: int, digest: str, format_: str) -> str:
@@ -53,8 +58,34 @@ def shard_file(shard: int, digest: str, format_: str) -> str:
     return f"shard-{shard:06d}-{digest}.{format_}"
 
 
+def shard_of_file(name: str) -> int | None:
+    """Return the shard number in a shard's name, None for any other name."""
+    match = _SHARD_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def runs_of(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield the runs of ascending numbers: first and last of each.
+
+    Example:
+        >>> list(runs_of([1, 2, 3, 7]))
+        [(1, 3), (7, 7)]
+    """
+    first = last = None
+    for number in numbers:
+        if first is None or last is None or number != last + 1:
+            if first is not None and last is not None:
+                yield first, last
+            first = number
+        last = number
+    if first is not None and last is not None:
+        yield first, last
+
+
 def repair_way_out(cache: object) -> str:
     """Return the way out of damage that a cache's own inputs make good; ``cache`` is its directory or URL."""
+    if "://" in str(cache):
+        return "delete it in the store (of a shard its commit record) and run precompute --resume to make it again"
     return f"eagle-offline repair {cache} sets it aside and says how it is made again"
 
 
@@ -66,8 +97,9 @@ class Frozen(BaseModel):
 
 # What fits every place it goes to: Arrow's record batch numbers are int32.
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-ShardFile = Annotated[str, Field(pattern=r"^shard-\d{6,}-[0-9a-f]{32}\.(arrow|zarr)$")]
+ShardFile = Annotated[str, Field(pattern=r"^shard-[0-9]{6,10}-[0-9a-f]{32}\.(arrow|zarr)$")]
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+ByteCount = Annotated[int, Field(ge=0, lt=1 << 62)]
 
 
 class FieldLayout(Frozen):
@@ -84,14 +116,14 @@ class FieldLayout(Frozen):
         losses: what the values had lost before they came into this encoding, in order.
     """
 
-    name: str = Field(pattern=r"^[a-z_0-9]+$")
+    name: str = Field(pattern=r"^[a-z_0-9]+$", max_length=64)
     width: int = Field(gt=0, le=1 << 24)
     dtype: Literal["bf16", "fp16", "fp32"]
     encoding: Literal["planes", "raw", "fp8", "topk"]
     rows: Literal["tokens", "supervised_positions"]
     mantissa_bits: int = Field(EXACT_MANTISSA_BITS, ge=1, le=EXACT_MANTISSA_BITS)
     top_k: int | None = Field(None, gt=0)
-    losses: tuple[str, ...] = ()
+    losses: tuple[str, ...] = Field((), max_length=64)
 
     @model_validator(mode="after")
     def _check_encoding(self) -> FieldLayout:
@@ -112,7 +144,7 @@ class FieldLayout(Frozen):
 class LostSample(Frozen):
     """A sample of the shard that capture could not store, and why."""
 
-    sample_id: int
+    sample_id: Count
     reason: str
 
 
@@ -133,7 +165,7 @@ class SampleTable(Frozen):
     num_supervised: list[Count]
     num_target_positions: list[Count]
     num_in_vocab: list[Count]
-    vocab_mass: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    vocab_mass: list[Annotated[float, Field(ge=0, le=1 << 31, allow_inf_nan=False)]]
     record_batch: list[Count]
     row: list[Count]
     digest: list[Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]]
@@ -163,14 +195,14 @@ class CommitRecord(Frozen):
 
     format: Literal["eagle-offline-cache"]
     version: Literal[2]
-    identity_digest: str
-    shard: int = Field(ge=0)
+    identity_digest: Digest
+    shard: Count
     file: ShardFile
-    file_bytes: int = Field(ge=0)
+    file_bytes: ByteCount
     digest: Digest
     samples: SampleTable
     lost: list[LostSample]
-    column_bytes: dict[str, int]
+    column_bytes: dict[str, ByteCount]
     encoding_errors: dict[str, EncodingError]
     finite: Literal[True]
     environment: dict[str, Any]

@@ -14,15 +14,18 @@ import os
 import shutil
 import threading
 import time
+import weakref
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from eagle_offline.cache.remote import RemoteCache, digest_shard, locked, mirror_directory, vanish
+from eagle_offline.cache.formats import digest_shard
+from eagle_offline.cache.remote import RemoteCache, locked, mirror_directory, vanish
 from eagle_offline.durable import explained_os_errors, is_alive, make_directory, remove_abandoned
 from eagle_offline.errors import DataError, EagleOfflineError, SpaceError, UsageError
 
@@ -33,9 +36,14 @@ FREE_SHARE = 0.05
 ROOM_SECONDS = 120.0
 
 _POLL_SECONDS = 0.05
+_AHEAD_POLL_SECONDS = 0.25
 _SPACE_LOCK = ".space.lock"
 _STAMP_SUFFIX = ".lock"
 _STAMP_BYTES = 32
+
+
+# All of this process, by the directory that they share: none takes from another what that needs sooner.
+_SHARING: dict[Path, weakref.WeakSet[ShardCache]] = {}
 
 
 class Shard(NamedTuple):
@@ -96,14 +104,19 @@ class ShardCache:
         self.directory = mirror_directory(directory, remote.url)
         make_directory(self.directory)
         remove_abandoned(self.directory)
-        # What the thread works through: shards before `_asked` have been asked for, those before `_fetched` fetched.
+        # What the thread works through. A shard is needed at places from its first use to its last; those before
+        # `_asked` are done. Of the plan the first `_fetched` shards were fetched.
         self._plan: list[Shard] = []
-        self._positions: dict[Path, int] = {}
+        self._uses: dict[Path, tuple[int, int]] = {}
+        self._firsts: list[int] = []
+        self._lasts: list[int] = []
         self._asked = self._fetched = 0
-        self._failed: dict[str, Exception] = {}
+        self._asks_are_uses = True
+        self._failed: set[str] = set()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
+        _SHARING.setdefault(directory.resolve(), weakref.WeakSet()).add(self)
 
     def __enter__(self) -> ShardCache:
         return self
@@ -112,6 +125,19 @@ class ShardCache:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def max_held_bytes(self) -> int:
+        """Shards that one reader may hold when it is not reading, so that whoever asks for another finds room.
+
+        Half of the bound, shared by the caches that this process reads and the processes that ``torchrun`` started on
+        this machine.
+        """
+        processes = os.environ.get("LOCAL_WORLD_SIZE", "")
+        return self._max_bytes // (2 * len(self._sharing()) * (int(processes) if processes.isdigit() else 1) or 1)
+
+    def _sharing(self) -> list[ShardCache]:
+        return [cache for cache in list(_SHARING[self._place.resolve()]) if not cache._closed]
 
     def path(self, file: str, file_bytes: int, digest: str) -> Path:
         """Return where a shard is, fetched if it is not here.
@@ -131,10 +157,10 @@ class ShardCache:
         """Yield where a shard is, fetched if it is not here; nobody evicts it meanwhile. Raises as `path` does."""
         shard = Shard(file, file_bytes, digest)
         path = self._path_of(shard)
-        self._advance(path)
-        failed = self._failed.pop(file, None)
-        if failed is not None:
-            raise failed
+        if self._asks_are_uses and path in self._uses:
+            self.reached(self._uses[path][0])
+        # What went wrong when nobody asked for it may be right by now; if not, it goes wrong again.
+        self._failed.discard(file)
         while True:
             with locked(_stamp_of(path), shared=True) as stamp:
                 if path.exists():
@@ -143,20 +169,28 @@ class ShardCache:
                     return
             self._fetch(shard)
 
-    def prefetch(self, shards: Iterable[Shard]) -> None:
+    def prefetch(self, shards: Iterable[Shard], uses: Iterable[tuple[int, int]] | None = None) -> None:
         """Fetch shards in the background, in the order in which they will be asked for, as far ahead as they fit.
 
         The order replaces the one given before; a shard counts at its first place in it. What is needed sooner is
         never evicted for what is needed later, nor what another process has fetched ahead for itself. What goes wrong
-        is raised when the shard is asked for.
+        is tried again, and raised, when the shard is asked for.
+
+        Args:
+            shards: in the order of first use.
+            uses: at which place each is used first and last; then `reached` says how far its user is, and places of
+                all caches that share a directory in this process are of one order. Without, a shard is used once, when
+                it is asked for.
 
         Raises:
             UsageError: a shard is larger than all together may be.
         """
         plan = list({shard.file: shard for shard in (Shard(*shard) for shard in shards)}.values())
-        positions = {self._path_of(shard): place for place, shard in enumerate(plan)}
+        places = [(place, place) for place in range(len(plan))] if uses is None else list(uses)
+        by_path = dict(zip(map(self._path_of, plan), places, strict=True))
         with self._changed:
-            self._plan, self._positions = plan, positions
+            self._plan, self._uses, self._asks_are_uses = plan, by_path, uses is None
+            self._firsts, self._lasts = [first for first, _ in places], sorted(last for _, last in places)
             self._asked = self._fetched = 0
             self._failed.clear()
             self._changed.notify_all()
@@ -182,13 +216,15 @@ class ShardCache:
             )
         return self.directory / shard.file
 
-    def _advance(self, path: Path) -> None:
-        """Note that a shard was asked for, and with it all that come before it."""
+    def reached(self, place: int) -> None:
+        """Note that whoever the order was given for has come to a place in it."""
+        if place <= self._asked:
+            return
         with self._changed:
-            position = self._positions.get(path, -1)
-            if position >= self._asked:
-                self._asked = position
-                self._fetched = max(self._fetched, position)
+            done = bisect_left(self._lasts, self._asked)
+            self._asked = max(self._asked, place)
+            self._fetched = max(self._fetched, bisect_left(self._firsts, place))
+            if bisect_left(self._lasts, self._asked) > done:  # one is not needed any more
                 self._changed.notify_all()
 
     def _fetch_ahead(self) -> None:
@@ -203,15 +239,15 @@ class ShardCache:
                 if done and plan is self._plan:
                     self._fetched = max(self._fetched, position + 1)
                 elif not done:
-                    # Until something is asked for here, or another process has made room.
-                    self._changed.wait(_POLL_SECONDS)
+                    # Until something is not needed any more here, or another process has made room.
+                    self._changed.wait(_AHEAD_POLL_SECONDS)
 
     def _try_ahead(self, shard: Shard) -> bool:
-        """Fetch a shard ahead; return False if there is no room yet. Errors are kept for who asks for it."""
+        """Fetch a shard ahead; return False if there is no room yet. What goes wrong is left to who asks for it."""
         try:
             return self._fetch(shard, ahead=True)
-        except Exception as error:
-            self._failed[shard.file] = error
+        except Exception:
+            self._failed.add(shard.file)
             return True
 
     def _fetch(self, shard: Shard, *, ahead: bool = False) -> bool:
@@ -221,7 +257,11 @@ class ShardCache:
             ahead: nobody waits for it: give up where there is no room.
         """
         path = self._path_of(shard)
-        with locked(_stamp_of(path)) as stamp:
+        with ExitStack() as stack:
+            try:
+                stamp = stack.enter_context(locked(_stamp_of(path), wait=not ahead))
+            except BlockingIOError:  # somebody reads it, or fetches it already
+                return True
             if not path.exists():
                 if not self._reserve(shard, stamp, ahead=ahead):
                     return False
@@ -281,7 +321,7 @@ class ShardCache:
             needed = (shard.file_bytes + coming) * (1 + FREE_SHARE)
             return taken + shard.file_bytes <= self._max_bytes, shutil.disk_usage(self.directory).free >= needed
 
-        for stamp in self._evictable(stamps, ahead=ahead):
+        for stamp in self._evictable(stamps, own, ahead=ahead):
             if all(fits()):
                 break
             reserved_only = not stamp.path.exists()
@@ -290,16 +330,20 @@ class ShardCache:
                 coming -= stamp.num_bytes if reserved_only else 0
         return fits()
 
-    def _evictable(self, stamps: list[_Stamp], *, ahead: bool) -> list[_Stamp]:
-        """Return what may go, in the order in which it should.
+    def _needed(self) -> dict[Path, int]:
+        """Return where each shard that is still needed is needed next."""
+        with self._changed:
+            return {path: max(first, self._asked) for path, (first, last) in self._uses.items() if last >= self._asked}
+
+    def _evictable(self, stamps: list[_Stamp], own: Path, *, ahead: bool) -> list[_Stamp]:
+        """Return what may go for the shard ``own``, in the order in which it should.
 
         First what nobody is known to need, the one not asked for the longest first; then what is needed here, the last
         first; then what others fetched ahead for themselves, the latest first. A shard that nobody waits for yet takes
         nothing from others, and nothing that is needed here before it.
         """
-        with self._changed:
-            coming = self._fetched
-            needed = {path: place for path, place in self._positions.items() if place >= self._asked}
+        needed = {path: place for cache in self._sharing() for path, place in cache._needed().items()}
+        coming = self._uses.get(own, (0, 0))[0]
 
         def order(stamp: _Stamp) -> tuple[int, int]:
             if stamp.path in needed:
@@ -318,7 +362,7 @@ def _verify(shard: Shard, address: str, path: Path) -> None:
     Raises:
         DataError: says so.
     """
-    if digest_shard(path) != shard.digest:
+    if digest_shard(path)[0] != shard.digest:
         raise _Damaged(
             f"{address}: does not match the digest in its name; it was damaged in the store: "
             "delete its commit record there and run precompute --resume to make the shard again"
@@ -332,11 +376,16 @@ def _stamp_of(path: Path) -> Path:
 def _stamps(place: Path) -> list[_Stamp]:
     """Return the stamp of every shard that is or was below a directory."""
     found = []
-    for path in place.glob(f"*/shard-*{_STAMP_SUFFIX}"):
-        with path.open("rb") as file:
-            num_bytes, ahead_of = _parsed(file.read(_STAMP_BYTES))
-            asked = os.fstat(file.fileno()).st_mtime_ns
-        found.append(_Stamp(path.with_name(path.name.removesuffix(_STAMP_SUFFIX)), num_bytes, ahead_of, asked))
+    for directory in os.scandir(place):
+        for entry in os.scandir(directory) if directory.is_dir() else ():
+            # Most are empty: there are as many as shards were ever here.
+            is_stamp = entry.name.startswith("shard-") and entry.name.endswith(_STAMP_SUFFIX)
+            if not is_stamp or not entry.stat().st_size:
+                continue
+            with open(entry.path, "rb") as file:
+                num_bytes, ahead_of = _parsed(file.read(_STAMP_BYTES))
+                asked = os.fstat(file.fileno()).st_mtime_ns
+            found.append(_Stamp(Path(entry.path.removesuffix(_STAMP_SUFFIX)), num_bytes, ahead_of, asked))
     return found
 
 
@@ -347,8 +396,11 @@ def _parsed(content: bytes) -> tuple[int, int]:
 
 
 def _write_stamp(stamp: int, num_bytes: int, ahead_of: int) -> None:
-    """Write a stamp in one piece, so that it is never found empty, and note the time finer than the kernel does."""
+    """Write a stamp in one piece, so that it is never found torn, and note the time finer than the kernel does."""
     with explained_os_errors("the stamp of a shard"):
+        if not num_bytes:
+            os.ftruncate(stamp, 0)
+            return
         os.pwrite(stamp, f"{num_bytes:020d} {ahead_of:010d}\n".encode(), 0)
         os.utime(stamp, ns=(time.time_ns(), time.time_ns()))
 

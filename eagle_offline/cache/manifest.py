@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import json
+import stat
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from eagle_offline.cache.choices import Compressor, ShardFormat, StateEncoding, TargetEncoding
-from eagle_offline.cache.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE, FieldLayout, Frozen
+from eagle_offline.cache.layout import (
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    LAST_HIDDEN_STATE,
+    MANIFEST_FILE,
+    TARGET_PROBS,
+    ByteCount,
+    Digest,
+    FieldLayout,
+    Frozen,
+    aux_field,
+)
 from eagle_offline.durable import create_exclusively
-from eagle_offline.errors import DataError, MismatchError
+from eagle_offline.errors import DataError, MismatchError, one_line, printable, unreadable
 from eagle_offline.provenance import digest_json
 
 # A manifest larger than this is not one of ours; nothing larger is ever parsed.
@@ -21,10 +34,16 @@ _MAX_MANIFEST_BYTES = 64 << 20
 _MAX_SHARDS = 1 << 20
 
 # A path that stays inside the cache: no leading slash, no part that begins with a dot.
-_INSIDE = r"^[^/.\x00][^/\x00]*(/[^/.\x00][^/\x00]*)*$"
+_INSIDE = r"^[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*(/[^/.\x00-\x1f\x7f][^/\x00-\x1f\x7f]*)*$"
 
+# What a number may be: what it counts fits int32, widths and vocabularies fit a row of a field.
+_Number = Annotated[int, Field(gt=0, lt=1 << 31)]
+_Width = Annotated[int, Field(gt=0, le=1 << 24)]
 
 SEAL = "self_digest"
+
+# A stranger's key may be of any length.
+_MAX_PROBLEM = 500
 
 
 class TargetIdentity(Frozen):
@@ -34,9 +53,9 @@ class TargetIdentity(Frozen):
     revision: str | None
     checkpoint_digest: str
     architecture: str
-    num_layers: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0, le=1 << 16)
+    hidden_size: _Width
+    vocab_size: _Width
 
 
 class SourceIdentity(Frozen):
@@ -44,7 +63,7 @@ class SourceIdentity(Frozen):
 
     name: str
     digest: str
-    num_bytes: int | None
+    num_bytes: ByteCount | None
     revision: str | None
 
 
@@ -53,8 +72,8 @@ class DatasetIdentity(Frozen):
 
     sources: list[SourceIdentity]
     split: str | None
-    shuffle_seed: int | None
-    num_samples: int = Field(ge=0, le=1 << 32)
+    shuffle_seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None
+    num_samples: int = Field(ge=0, le=1 << 31)
     rows_digest: str
 
 
@@ -63,16 +82,16 @@ class TextIdentity(Frozen):
 
     tokenizer_digest: str
     template_digest: str
-    seq_length: int = Field(gt=0)
+    seq_length: _Number
 
 
 class BatchPlan(Frozen):
     """How the samples of a shard were put through the target; it moves last bits, so it is identity."""
 
-    batch_size: int = Field(gt=0)
+    batch_size: _Number
     order: Literal["length"]
     attention_implementation: str
-    tensor_parallel_size: int = Field(gt=0)
+    tensor_parallel_size: _Number
     device_kind: str
 
 
@@ -87,13 +106,13 @@ class CaptureIdentity(Frozen):
         fields: the float columns.
     """
 
-    aux_layer_ids: list[int]
+    aux_layer_ids: list[Annotated[int, Field(ge=0, lt=1 << 16)]] = Field(min_length=1)
     dtype: str
     compute_dtype: str
     state_encoding: StateEncoding
     target_encoding: TargetEncoding
     draft_vocab_digest: str | None
-    shard_size: int = Field(gt=0)
+    shard_size: int = Field(gt=0, lt=1 << 62)
     format: ShardFormat
     compressor: Compressor | None
     fields: list[FieldLayout] = Field(min_length=1)
@@ -108,7 +127,7 @@ class Conversion(Frozen):
         earlier: what that cache was made from, if it was converted itself.
     """
 
-    identity_digest: str
+    identity_digest: Digest
     samples: str | None
     earlier: Conversion | None = None
 
@@ -153,16 +172,16 @@ class DraftVocabulary(Frozen):
         coverage: share of the corpus's supervised tokens that are in it.
     """
 
-    size: int = Field(gt=0)
-    digest: str = Field(pattern=r"^[0-9a-f]{32}$")
+    size: _Width
+    digest: Digest
     coverage: float = Field(ge=0, le=1)
 
 
 class CompanionFile(Frozen):
     """Size and xxh3_128 of a file that the cache brings along."""
 
-    num_bytes: int = Field(ge=0)
-    digest: str = Field(pattern=r"^[0-9a-f]{32}$")
+    num_bytes: ByteCount
+    digest: Digest
 
 
 class Defaults(Frozen):
@@ -217,7 +236,32 @@ def read_manifest(directory: Path) -> Manifest:
     except ValidationError as error:
         raise DataError(f"{path}: {first_problem(error)}") from error
     check_seal(path, raw, seal, "restore it from a copy")
+    _check_columns(path, manifest)
     return manifest
+
+
+def _check_columns(path: Path, manifest: Manifest) -> None:
+    """Refuse float columns that are not those of the layers and of the target encoding, in order.
+
+    Raises:
+        DataError: says so.
+    """
+    identity, vocabulary = manifest.identity, manifest.defaults.draft_vocabulary
+    capture, hidden_size = identity.capture, identity.target.hidden_size
+    layer_ids = capture.aux_layer_ids
+    columns: list[tuple[str, int, str]] = [(aux_field(layer_id), hidden_size, "tokens") for layer_id in layer_ids]
+    if capture.target_encoding == "factored":
+        columns.append((LAST_HIDDEN_STATE, hidden_size, "supervised_positions"))
+    else:
+        columns.append((TARGET_PROBS, vocabulary.size, "supervised_positions"))
+    if (
+        [(field.name, field.width, field.rows) for field in capture.fields] != columns
+        or any(low >= high for low, high in pairwise([*layer_ids, identity.target.num_layers]))
+        or (capture.target_encoding == "topk") != (capture.fields[-1].encoding == "topk")
+        or capture.draft_vocab_digest != (None if capture.target_encoding == "factored" else vocabulary.digest)
+        or (capture.format == "zarr") != (capture.compressor is not None)
+    ):
+        raise DataError(f"{path}: its fields are not those of its layers, target encoding and draft vocabulary")
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +275,11 @@ def check_seal(path: Path, value: dict[str, Any], seal: Any, way_out: str) -> No
     Raises:
         DataError: says so.
     """
-    if seal != digest_json(value):
+    try:
+        unchanged = seal == digest_json(value)
+    except RecursionError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
+    if not unchanged:
         raise DataError(f"{path}: was changed after it was written: its {SEAL} differs; {way_out}")
 
 
@@ -242,16 +290,19 @@ def read_json_object(path: Path, max_bytes: int) -> dict[str, Any]:
         DataError: missing, too large, or not a JSON object.
     """
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise DataError(f"{path}: {size} bytes, expected at most {max_bytes}")
+        status = path.stat()
+        # Neither a pipe, which would be waited for, nor a device, which never ends.
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{path}: not a plain file")
+        if status.st_size > max_bytes:
+            raise DataError(f"{path}: {status.st_size} bytes, expected at most {max_bytes}")
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{path}: missing; is this the directory of a cache?") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        raise unreadable(path, "cannot be read", error) from error
     if not isinstance(value, dict):
         raise DataError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value
@@ -260,7 +311,8 @@ def read_json_object(path: Path, max_bytes: int) -> dict[str, Any]:
 def first_problem(error: ValidationError) -> str:
     """Return a validation error's first problem as one line: where, and what."""
     problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc'])) or 'value'}: {problem['msg']}"
+    where = printable(".".join(map(str, problem["loc"])) or "value")
+    return one_line(f"{where}: {problem['msg']}", _MAX_PROBLEM)
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from eagle_offline.cache.filling import ensure_manifest
 from eagle_offline.cache.index import index_names
-from eagle_offline.cache.layout import MANIFEST_FILE, STATUS_FILE, TOKENS_DIRECTORY, CommitRecord
+from eagle_offline.cache.layout import CONFIG_FILE, MANIFEST_FILE, STATUS_FILE, TOKENS_DIRECTORY, CommitRecord
 from eagle_offline.cache.manifest import Identity, Manifest, read_manifest
 from eagle_offline.cache.remote import Mirror, RemoteCache
-from eagle_offline.cache.verify import CONFIG_FILE, config_bytes, saved_settings
+from eagle_offline.cache.saved_settings import config_bytes, saved_settings
 from eagle_offline.cache.writer import committed_shards, ensure_index
 from eagle_offline.errors import DataError, EagleOfflineError, MismatchError, UsageError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import weakref
 from collections import OrderedDict
@@ -26,7 +27,8 @@ from eagle_offline.cache.layout import (
 )
 from eagle_offline.cache.manifest import Manifest, read_manifest
 from eagle_offline.cache.remote import is_url
-from eagle_offline.cache.samples import StoredSample, decode_fields
+from eagle_offline.cache.samples import StoredSample, decode_fields, names_tokens
+from eagle_offline.cache.shard_check import check_record
 from eagle_offline.cache.source import CacheSource, LocalSource, RemoteSource
 from eagle_offline.cache.writer import read_record
 from eagle_offline.errors import DataError
@@ -116,6 +118,7 @@ class Cache:
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._opening: dict[int, threading.Lock] = {}
         self._lock = threading.Lock()
+        self._places: np.ndarray | None = None
 
     def _read_index(self) -> SampleIndex:
         names = self._source.names()
@@ -127,8 +130,10 @@ class Cache:
         self._source.bring_records()
         records = [read_record(self.path, shard) for shard in committed]
         for record in records:
-            if record.identity_digest != identity_digest:
-                raise DataError(f"{self.name}: shard {record.shard} was made under another manifest; {self._way_out()}")
+            try:
+                check_record(record, self.manifest.identity)
+            except DataError as error:
+                raise DataError(f"{self.name}: shard {record.shard} {error}; {self._way_out()}") from error
         return index_of(records)
 
     def __len__(self) -> int:
@@ -170,6 +175,8 @@ class Cache:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = int(self.shards[index])
+        if self._places is not None:
+            self._source.reached(int(self._places[index]))
         reader = self._shard(shard)
         try:
             stored = reader.read(int(self.index.record_batch[index]), int(self.index.row[index]))
@@ -182,6 +189,8 @@ class Cache:
         if self._verify and not self._touched[index]:
             if int(stored.loss_mask.sum()) != self.index.num_supervised[index]:
                 raise self._damage(index, "has another number of supervised tokens than its record says")
+            if not names_tokens(stored, self.manifest.identity.target.vocab_size):
+                raise self._damage(index, "names tokens that the target does not have")
             if int(stored.digest(), 16) != self.index.digest[index]:
                 raise self._damage(index, "does not match its digest: the file was damaged after it was written")
             self._touched[index] = True
@@ -208,7 +217,12 @@ class Cache:
             return
         if path.stat().st_size != recorded.num_bytes or digest_file(path) != recorded.digest:
             self._source.forget(name)
-            raise DataError(f"{path}: differs from what the manifest records; {self._way_out()}")
+            raise DataError(f"{self.name}/{name}: differs from what the manifest records; {self._way_out()}")
+
+    def _check_floats(self, name: str, values: torch.Tensor, *shape: int) -> None:
+        if tuple(values.shape) != shape or not values.is_floating_point():
+            found = f"{values.dtype} {tuple(values.shape)}"
+            raise DataError(f"{self.path / name}: holds {found}, expected floats {shape}")
 
     def _shard(self, shard: int) -> ShardReader:
         # Training and validation read from threads of their own; one that waits for a store holds up no other.
@@ -222,8 +236,10 @@ class Cache:
                 self._make_room(self._entries[shard].file_bytes)
             reader = self._open_shard(shard)
             with self._lock:
-                self._make_room(self._entries[shard].file_bytes)
-                self._open[shard] = reader
+                limit = self._source.max_open_bytes
+                if limit is None or self._entries[shard].file_bytes <= limit:
+                    self._make_room(self._entries[shard].file_bytes)
+                    self._open[shard] = reader
             return reader
 
     def _open_shard(self, shard: int) -> ShardReader:
@@ -241,15 +257,33 @@ class Cache:
         """Let go of the shards not asked for the longest, so that another one may be open."""
         limit = self._source.max_open_bytes
         taken = sum(self._entries[shard].file_bytes for shard in self._open)
-        while self._open and (len(self._open) >= _MAX_OPEN_SHARDS or (limit is not None and taken + num_bytes > limit)):
+        most = min(_MAX_OPEN_SHARDS, max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8))
+        while self._open and (len(self._open) >= most or (limit is not None and taken + num_bytes > limit)):
             shard, _ = self._open.popitem(last=False)
             taken -= self._entries[shard].file_bytes
 
-    def read_ahead(self, samples: np.ndarray) -> None:
-        """Prepare for samples to be read in about this order: a store's shards come before they are asked for."""
+    def read_ahead(self, samples: np.ndarray, places: np.ndarray | None = None) -> None:
+        """Prepare for samples to be read in about this order: a store's shards come before they are asked for.
+
+        Args:
+            samples: int64 indices.
+            places: int64, ascending: where each stands in an order that is of several caches; default as given.
+        """
+        if not self._source.reads_ahead:
+            return
+        places = np.arange(len(samples)) if places is None else places
         shards = self.shards[samples]
         _, firsts = np.unique(shards, return_index=True)
-        self._source.read_ahead(self._entries[int(shard)] for shard in shards[np.sort(firsts)])
+        numbers, lasts = np.unique(shards[::-1], return_index=True)
+        last_place = dict(zip(numbers.tolist(), places[::-1][lasts].tolist(), strict=True))
+        order = np.sort(firsts)
+        ahead = np.full(len(self), -1, np.int64)
+        ahead[samples[::-1]] = places[::-1]  # of a sample that is read twice, the first
+        self._source.read_ahead(
+            [self._entries[int(shard)] for shard in shards[order]],
+            [(int(places[first]), last_place[int(shards[first])]) for first in order],
+        )
+        self._places = ahead
 
     def unchecked(self) -> Cache:
         """Return the same cache once more, its samples read without looking at digests."""
@@ -270,7 +304,11 @@ class Cache:
 
         self._check_companion(HEAD_FILE)
         self._check_companion(EMBEDDINGS_FILE)
-        return read_head(self.path)
+        head, target = read_head(self.path), self.manifest.identity.target
+        self._check_floats(HEAD_FILE, head.weight, target.vocab_size, target.hidden_size)
+        if head.bias is not None:
+            self._check_floats(HEAD_FILE, head.bias, target.vocab_size)
+        return head
 
     @cached_property
     def embeddings(self) -> torch.Tensor:
@@ -278,7 +316,9 @@ class Cache:
         from eagle_offline.cache.companions import read_embeddings
 
         self._check_companion(EMBEDDINGS_FILE)
-        return read_embeddings(self.path)
+        weight, target = read_embeddings(self.path), self.manifest.identity.target
+        self._check_floats(EMBEDDINGS_FILE, weight, target.vocab_size, target.hidden_size)
+        return weight
 
     @cached_property
     def selected_token_ids(self) -> torch.Tensor:
@@ -286,7 +326,10 @@ class Cache:
         from eagle_offline.cache.companions import read_vocab
 
         vocabulary = self.manifest.defaults.draft_vocabulary
-        return read_vocab(self.path, vocabulary.digest, self.manifest.identity.target.vocab_size)
+        ids = read_vocab(self.path, vocabulary.digest, self.manifest.identity.target.vocab_size)
+        if len(ids) != vocabulary.size:
+            raise DataError(f"{self.name}: its draft vocabulary has {len(ids)} tokens, expected {vocabulary.size}")
+        return ids
 
     @cached_property
     def selected_token_mask(self) -> torch.Tensor:

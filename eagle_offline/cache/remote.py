@@ -22,11 +22,13 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from eagle_offline.cache.formats import digest_shard
 from eagle_offline.cache.layout import MANIFEST_FILE, TOKENS_DIRECTORY, CommitRecord, record_file, shard_of_record
 from eagle_offline.cache.writer import committed_shards, read_record
 from eagle_offline.durable import (
@@ -42,7 +44,7 @@ from eagle_offline.durable import (
     write_bytes,
 )
 from eagle_offline.errors import DataError, EagleOfflineError, MismatchError, SpaceError, UsageError, one_line
-from eagle_offline.provenance import digest_bytes, digest_file
+from eagle_offline.provenance import digest_bytes
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -79,6 +81,8 @@ _TOKENS = ("ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "Las
 
 _SIDECAR = ".mirror.json"
 _LOCK = ".mirror.lock"
+# What a mirror has of its own in its directory.
+MIRROR_ENTRIES = {_SIDECAR, _LOCK}
 _INDEX_NAME = re.compile(r"index-[0-9a-f]{32}\.arrow")
 _SHARD_NAME = re.compile(r"shard-(\d{6,})-[0-9a-f]{32}\.(arrow|zarr)")
 # Of a commit record, which is the largest of what is read at once.
@@ -93,19 +97,6 @@ def is_url(text: str | Path) -> bool:
 def mirror_directory(root: Path, url: str) -> Path:
     """Return the directory below ``root`` that belongs to the cache at ``url``."""
     return root / digest_bytes(url.rstrip("/").encode())
-
-
-def digest_shard(path: Path) -> str:
-    """Return the digest of a shard, a file or a directory.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    if not path.is_dir():
-        return digest_file(path)
-    from eagle_offline.cache.zarr_shards import digest_tree
-
-    return digest_tree(path)[0]
 
 
 @contextmanager
@@ -227,6 +218,15 @@ class RemoteCache:
 
         found = self._call(name, info)
         return None if found is None else _entry(found)
+
+    def modified(self, name: str) -> datetime:
+        """Return when a file was written, as the store says.
+
+        Raises:
+            DataError: missing.
+        """
+        place = self._place(name)
+        return self._call(name, lambda: self._connected().modified(place))
 
     def read(self, name: str, max_bytes: int = _MAX_READ_BYTES) -> bytes:
         """Return the content of a file of bounded size.
@@ -651,7 +651,7 @@ class Mirror:
         try:
             record = read_record(self.directory, shard)
             path = self.directory / record.file
-            return path.exists() and digest_shard(path) == record.digest
+            return path.exists() and digest_shard(path)[0] == record.digest
         except DataError:
             return False
 

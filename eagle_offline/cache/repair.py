@@ -7,62 +7,23 @@ record goes before its shard, so that what is committed is always there.
 from __future__ import annotations
 
 import os
-import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from eagle_offline.cache.aside import Seen, SetAside, look_at, move_aside, planned
+from eagle_offline.cache.findings import Verification
 from eagle_offline.cache.index import drop_indexes
-from eagle_offline.cache.layout import EXACT_MANTISSA_BITS, Frozen, shard_of_record
-from eagle_offline.cache.manifest import Manifest, read_json_object, read_manifest
-from eagle_offline.cache.verify import (
-    ASIDE_DIRECTORY,
-    CONFIG_FILE,
-    MAX_CONFIG_BYTES,
-    Verification,
-    check_cache,
-    maker,
-    shard_of_file,
-    write_config,
-)
+from eagle_offline.cache.layout import CONFIG_FILE, shard_of_file, shard_of_record
+from eagle_offline.cache.manifest import Manifest, read_manifest
+from eagle_offline.cache.saved_settings import making_command, write_config
+from eagle_offline.cache.verify import check_cache
 from eagle_offline.cache.writer import committed_shards, ensure_index
-from eagle_offline.durable import (
-    ABANDONED_SECONDS,
-    TEMPORARY_MARK,
-    exclusive,
-    explained_os_errors,
-    fsync_directory,
-    is_alive,
-    write_bytes,
-)
+from eagle_offline.durable import ABANDONED_SECONDS, TEMPORARY_MARK, exclusive, explained_os_errors, is_alive
 from eagle_offline.errors import DataError, EagleOfflineError
-
-REASONS_FILE = "reasons.json"
-
-# Where a file stands, what it is and when it was written: the same file, or one that a live writer put there.
-_Seen = dict[str, tuple[int, int, int]]
-
-
-class SetAside(Frozen):
-    """A file or directory that was set aside: where it was, where beside ``reasons.json`` it is now, and why."""
-
-    path: str
-    kept_as: str
-    reason: str
-
-
-class AsideReasons(Frozen):
-    """The whole of ``aside/<UTC time>/reasons.json``; ``identity_digest`` is the cache's."""
-
-    format: Literal["eagle-offline-aside"] = "eagle-offline-aside"
-    version: Literal[1] = 1
-    utc: str
-    identity_digest: str
-    files: list[SetAside]
 
 
 @dataclass(frozen=True)
@@ -136,18 +97,18 @@ def repair_cache(
     if not dry_run:
         _require_writable(path)
     with exclusive(path, "repairing"):
-        seen = dict(_look(path))
+        seen = dict(look_at(path))
         found = check_cache(path, num_workers=num_workers, report=report, stopped=stopped)
         chosen = dict(_chosen(path, found, seen))
         if dry_run:
             gone = {shard for name in chosen if (shard := shard_of_record(name)) is not None}
-            files = [_set_aside(name, reason) for name, reason in chosen.items()]
+            files = [planned(name, reason) for name, reason in chosen.items()]
             return _result(path, manifest, None, files, gone)
         aside = None
         files = []
         with explained_os_errors(path):
             if chosen:
-                aside, files = _move(path, manifest, chosen, seen)
+                aside, files = move_aside(path, manifest, chosen, seen)
             _write_derived(path, manifest, files)
         return _result(path, manifest, aside, files)
 
@@ -160,24 +121,7 @@ def _manifest(path: Path) -> Manifest:
         raise DataError(f"{said}; a manifest cannot be made again: restore it from a copy") from error
 
 
-def _look(path: Path) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """Yield what stands in a cache, by path inside it: files, and shards and unfinished work as one."""
-    for entry in os.scandir(path):
-        folder = entry.is_dir(follow_symlinks=False) and entry.name != ASIDE_DIRECTORY
-        whole = shard_of_file(entry.name) is not None or TEMPORARY_MARK in entry.name
-        if entry.name != ASIDE_DIRECTORY:
-            yield entry.name, _identity(Path(entry.path))
-        if folder and not whole:
-            for inner in sorted(Path(entry.path).rglob("*")):
-                yield inner.relative_to(path).as_posix(), _identity(inner)
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.lstat()
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def _chosen(path: Path, found: Verification, seen: _Seen) -> Iterator[tuple[str, str]]:
+def _chosen(path: Path, found: Verification, seen: Seen) -> Iterator[tuple[str, str]]:
     """Yield what is to be set aside and why: records first, then everything else."""
     broken = {p.shard: p.what for p in found.problems if p.shard is not None and p.where in seen}
     records = {name: broken[shard] for name in seen if (shard := shard_of_record(name)) in broken and shard is not None}
@@ -221,47 +165,6 @@ def _require_writable(path: Path) -> None:
         )
 
 
-def _set_aside(name: str, reason: str) -> SetAside:
-    # Without its dot, or it would be cleared away with unfinished work.
-    folder, slash, base = name.rpartition("/")
-    return SetAside(path=name, kept_as=f"{folder}{slash}{base.lstrip('.') or base}", reason=reason)
-
-
-def _move(path: Path, manifest: Manifest, chosen: dict[str, str], seen: _Seen) -> tuple[Path, list[SetAside]]:
-    """Move what was chosen, unless a live writer has put another in its place; return where to and what was moved."""
-    now = f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
-    aside = path / ASIDE_DIRECTORY / now
-    aside.mkdir(parents=True)
-    for directory in (aside.parent, path):
-        fsync_directory(directory)
-    planned = [_set_aside(name, reason) for name, reason in chosen.items()]
-    _write_reasons(aside, now, manifest, planned)
-    records = [file for file in planned if shard_of_record(file.path) is not None]
-    moved = _move_each(path, aside, records, seen)
-    moved += _move_each(path, aside, [file for file in planned if file not in records], seen)
-    if moved != planned:
-        _write_reasons(aside, now, manifest, moved)
-    return aside, moved
-
-
-def _write_reasons(aside: Path, now: str, manifest: Manifest, files: list[SetAside]) -> None:
-    reasons = AsideReasons(utc=now, identity_digest=manifest.identity.digest, files=files)
-    write_bytes(aside / REASONS_FILE, (reasons.model_dump_json(indent=2) + "\n").encode())
-
-
-def _move_each(path: Path, aside: Path, files: list[SetAside], seen: _Seen) -> list[SetAside]:
-    moved = []
-    for file in files:
-        source, place = path / file.path, aside / file.kept_as
-        if os.path.lexists(source) and _identity(source) == seen[file.path]:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(source, place)
-            moved.append(file)
-    for directory in {(root / file.path).parent for file in moved for root in (path, aside)}:
-        fsync_directory(directory)
-    return moved
-
-
 def _write_derived(path: Path, manifest: Manifest, files: list[SetAside]) -> None:
     """Bring the index and ``config.json`` up to date."""
     if any(shard_of_record(file.path) is not None for file in files):
@@ -277,54 +180,9 @@ def _result(
     there = set(committed_shards(path)) - (gone or set())
     shards = sorted(set(range(manifest.identity.num_shards)) - there)
     taken = {file.path for file in files}
-    companions = [name for name in manifest.files if name in taken or not (path / name).is_file()]
-    command = _command(path, manifest) if shards or companions else None
+    companions = [name for name in manifest.files if name in taken or not os.path.isfile(path / name)]
+    command = making_command(path, manifest) if shards or companions else None
     return Repair(path, gone is not None, aside, files, shards, companions, command)
-
-
-def _command(path: Path, manifest: Manifest) -> str:
-    """Return the command that makes again what is missing."""
-    config = path / CONFIG_FILE
-    try:
-        read_json_object(config, MAX_CONFIG_BYTES)
-    except DataError:  # as it is named in the manifest, then
-        given = [*_recorded_flags(manifest), "--output-dir", str(path)]
-    else:
-        given = ["--config", str(config)]
-    return shlex.join(["eagle-offline", maker(manifest), *given, "--resume"])
-
-
-def _recorded_flags(manifest: Manifest) -> list[str]:
-    """Return the inputs and settings that the manifest records, as flags."""
-    inputs = manifest.environment.get("inputs")
-    inputs = inputs if isinstance(inputs, dict) else {}
-    if manifest.identity.converted_from is not None:
-        return [str(inputs.get("cache", "CACHE"))]
-    identity, capture = manifest.identity, manifest.identity.capture
-    bits = min(layout.mantissa_bits for layout in capture.fields)
-    values = {
-        "target_model": inputs.get("target_model", identity.target.id),
-        "revision": identity.target.revision,
-        "input_data": inputs.get("input_data", "DATA"),
-        "split": identity.dataset.split,
-        "seq_length": identity.text.seq_length,
-        "draft_vocab_size": manifest.defaults.draft_vocabulary.size,
-        "batch_size": identity.batch_plan.batch_size,
-        "shard_size": capture.shard_size,
-        "dtype": capture.dtype,
-        "compute_dtype": None if capture.compute_dtype == "checkpoint" else capture.compute_dtype,
-        "aux_layer_ids": ",".join(map(str, capture.aux_layer_ids)),
-        "state_encoding": capture.state_encoding,
-        "mantissa_bits": None if bits == EXACT_MANTISSA_BITS else bits,
-        "target_encoding": capture.target_encoding,
-        "top_k": capture.fields[-1].top_k,
-        "format": capture.format,
-        "compressor": capture.compressor,
-        "shuffle_seed": identity.dataset.shuffle_seed,
-        "device": identity.batch_plan.device_kind,
-    }
-    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value is not None]
-    return [text for pair in given for text in pair]
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -136,6 +136,12 @@ def encode_fields(
     return columns
 
 
+def names_tokens(sample: StoredSample, vocab_size: int) -> bool:
+    """Say whether all token ids of a sample are the target's."""
+    columns = (sample.input_ids, sample.target_argmax)
+    return all(not len(ids) or 0 <= ids.min() <= ids.max() < vocab_size for ids in columns)
+
+
 def unpack_fields(
     fields: Sequence[FieldLayout], sample: StoredSample, names: Iterable[str] | None = None
 ) -> dict[str, list[np.ndarray]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
@@ -20,12 +20,16 @@ class CacheSource(Protocol):
     Attributes:
         name: what the user calls the cache.
         directory: holds the manifest, and what else was asked for.
-        max_open_bytes: shards that a reader may hold open together; None for any.
+        max_open_bytes: shards that a reader may keep open together; None for any.
+        reads_ahead: whether `read_ahead` does anything.
     """
 
     name: str
     directory: Path
-    max_open_bytes: int | None
+    reads_ahead: bool
+
+    @property
+    def max_open_bytes(self) -> int | None: ...
 
     def names(self) -> Collection[str]:
         """Return what stands in the cache."""
@@ -45,8 +49,11 @@ class CacheSource(Protocol):
     def shard(self, entry: ShardEntry) -> AbstractContextManager[Path]:
         """Yield where a shard is; nobody takes it away meanwhile."""
 
-    def read_ahead(self, entries: Iterable[ShardEntry]) -> None:
-        """Prepare for shards to be asked for in this order."""
+    def read_ahead(self, entries: Sequence[ShardEntry], uses: Sequence[tuple[int, int]]) -> None:
+        """Prepare for shards, in the order of first use, to be used between two places of some order each."""
+
+    def reached(self, place: int) -> None:
+        """Take it that reading has come to a place of that order."""
 
     def close(self) -> None:
         """End what was begun for reading ahead."""
@@ -56,6 +63,7 @@ class LocalSource:
     """A cache in a directory."""
 
     max_open_bytes: int | None = None
+    reads_ahead = False
 
     def __init__(self, directory: Path):
         self.name, self.directory = str(directory), directory
@@ -78,7 +86,10 @@ class LocalSource:
     def shard(self, entry: ShardEntry) -> AbstractContextManager[Path]:
         return nullcontext(self.directory / entry.file)
 
-    def read_ahead(self, entries: Iterable[ShardEntry]) -> None:
+    def read_ahead(self, entries: Sequence[ShardEntry], uses: Sequence[tuple[int, int]]) -> None:
+        pass
+
+    def reached(self, place: int) -> None:
         pass
 
     def close(self) -> None:
@@ -105,12 +116,14 @@ class RemoteSource:
         self._remote = RemoteCache(url)
         self._mirror = Mirror(self._remote, mirror_directory(local_cache, url))
         self._shards = ShardCache(self._remote, local_cache, max_bytes)
-        self.name, self.directory = url, self._mirror.directory
-        # Half of it: what is held open cannot go, and what is read ahead needs room.
-        self.max_open_bytes: int | None = max_bytes // 2
+        self.name, self.directory, self.reads_ahead = url, self._mirror.directory, True
         self._listed = self._mirror.pull(records=False)
         if MANIFEST_FILE not in self._listed:
             raise DataError(f"{url}: no cache there: {MANIFEST_FILE} is missing")
+
+    @property
+    def max_open_bytes(self) -> int | None:
+        return self._shards.max_held_bytes
 
     def names(self) -> Collection[str]:
         return self._listed
@@ -132,10 +145,13 @@ class RemoteSource:
     def shard(self, entry: ShardEntry) -> AbstractContextManager[Path]:
         return self._shards.held(entry.file, entry.file_bytes, entry.digest)
 
-    def read_ahead(self, entries: Iterable[ShardEntry]) -> None:
+    def read_ahead(self, entries: Sequence[ShardEntry], uses: Sequence[tuple[int, int]]) -> None:
         from eagle_offline.cache.local_cache import Shard
 
-        self._shards.prefetch(Shard(entry.file, entry.file_bytes, entry.digest) for entry in entries)
+        self._shards.prefetch([Shard(entry.file, entry.file_bytes, entry.digest) for entry in entries], uses)
+
+    def reached(self, place: int) -> None:
+        self._shards.reached(place)
 
     def close(self) -> None:
         self._shards.close()

@@ -2,146 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from eagle_offline.cache.formats import shard_reader
+from eagle_offline.cache.findings import Note, Problem, Verification
 from eagle_offline.cache.index import SampleIndex, index_names, index_of, read_index
 from eagle_offline.cache.layout import (
+    ASIDE_DIRECTORY,
+    CONFIG_FILE,
     MANIFEST_FILE,
     CommitRecord,
     record_file,
     repair_way_out,
-    shard_file,
+    runs_of,
+    shard_of_file,
     shard_of_record,
 )
 from eagle_offline.cache.manifest import Manifest, read_json_object, read_manifest
-from eagle_offline.cache.samples import StoredSample, decode_fields
+from eagle_offline.cache.saved_settings import MAX_CONFIG_BYTES, config_bytes, maker, saved_settings
+from eagle_offline.cache.shard_check import MAX_SAMPLES, check_bytes, check_record, check_samples, named_samples
 from eagle_offline.cache.writer import committed_shards, read_record
-from eagle_offline.config import ConvertSettings, PrecomputeSettings, build
-from eagle_offline.durable import TEMPORARY_MARK, create_exclusively
-from eagle_offline.errors import DataError, StoppedEarly, UsageError, one_line
+from eagle_offline.durable import TEMPORARY_MARK
+from eagle_offline.errors import DataError, StoppedEarly, unreadable
 from eagle_offline.provenance import digest_file
 
-CONFIG_FILE = "config.json"
-ASIDE_DIRECTORY = "aside"
-
-_SHARD_NAME = re.compile(r"shard-(\d{6,})-[0-9a-f]{32}\.(arrow|zarr)")
 _STATUS_NAME = re.compile(r"status(-\d+)?\.json")
-MAX_CONFIG_BYTES = 1 << 20
 _MAX_WORKERS = 8
 
-# As far as record columns count.
-_MAX_SAMPLES = 1 << 31
 
-
-@dataclass(frozen=True)
-class Problem:
-    """Something in a cache that is not as it was written: where, what, and the way out; of a shard, its number."""
-
-    where: str
-    what: str
-    way_out: str
-    shard: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.way_out}"
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something beside a cache that does it no harm."""
-
-    where: str
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What was found in a cache, and how much was read for it.
-
-    Attributes:
-        problems: in the order of files, then of shards.
-        notes: what does no harm.
-        num_shards, num_samples: that are sound.
-        num_bytes: read, of files and shards.
-        seconds: it took.
-    """
-
-    problems: list[Problem]
-    notes: list[Note]
-    num_shards: int
-    num_samples: int
-    num_bytes: int
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as `verify --json` prints it."""
-        problems = [{"where": p.where, "what": p.what, "way_out": p.way_out} for p in self.problems]
-        return {**asdict(self), "problems": problems}
-
-    def render_text(self) -> str:
-        """Return it as lines to read: problems, notes, and what was read."""
-        found = f"{len(self.problems)} problems" if self.problems else "no problems"
-        read = f"{self.num_bytes / 1e6:.1f} MB read in {self.seconds:.1f} s"
-        return "\n".join(
-            [
-                *map(str, self.problems),
-                *(f"note: {note}" for note in self.notes),
-                f"{found}; {self.num_shards} shards with {self.num_samples} samples are sound; {read}",
-            ]
-        )
-
-
-def maker(manifest: Manifest) -> str:
-    """Return the command that makes such a cache."""
-    return "precompute" if manifest.identity.converted_from is None else "convert"
-
-
-def shard_of_file(name: str) -> int | None:
-    """Return the shard number in a shard's name, None for any other name."""
-    match = _SHARD_NAME.fullmatch(name)
-    return int(match[1]) if match else None
-
-
-def saved_settings(directory: Path, manifest: Manifest) -> dict[str, Any] | None:
-    """Return what ``config.json`` says, None where the manifest does not name all of it."""
-    inputs = manifest.environment.get("inputs")
-    if not isinstance(inputs, dict):
-        return None
-    settings = {**inputs, "output_dir": str(directory.absolute())}
-    captured = manifest.identity.converted_from is None
-    try:
-        build(PrecomputeSettings if captured else ConvertSettings, settings)
-    except UsageError:  # of a program whose settings were other ones
-        return None
-    return settings if inputs.keys() > ({"target_model", "input_data"} if captured else {"cache"}) else None
-
-
-def config_bytes(settings: dict[str, Any]) -> bytes:
-    """Return the content of ``config.json``."""
-    return (json.dumps(settings, indent=2) + "\n").encode()
-
-
-def write_config(directory: Path, manifest: Manifest) -> None:
-    """Write the settings that a cache is made from as ``config.json``, unless it is there; it is never changed."""
-    settings = saved_settings(directory, manifest)
-    if settings is not None and not (directory / CONFIG_FILE).exists():
-        create_exclusively(directory / CONFIG_FILE, config_bytes(settings))
+def _in_words(first: int, last: int) -> str:
+    return f"shard {first}" if first == last else f"shards {first} to {last}"
 
 
 def verify_cache(path: Path, report: Callable[[int, int], None] | None = None) -> list[Problem]:
@@ -190,8 +89,8 @@ def check_cache(
             *problems,
             *check.repeated_samples([checked.shard for checked in sound if checked.shard is not None]),
             *(
-                Problem(f"shard {shard}", "not committed", f"{maker(check.manifest)} --resume makes it", shard)
-                for shard in missing
+                Problem(_in_words(first, last), "not committed", f"{maker(check.manifest)} --resume makes it", first)
+                for first, last in runs_of(missing)
             ),
         ],
         notes=[*config_notes, *check.strays()],
@@ -242,11 +141,22 @@ class _Check:
         self._claimed: set[str] = set()
         self._repeated: set[int] = set()
         # A bit for every number that a sample can have; pages that no sample touches take no memory.
-        self._seen = np.zeros(_MAX_SAMPLES // 8, np.uint8)
+        self._seen = np.zeros(MAX_SAMPLES // 8, np.uint8)
         self._indexes = {name: self._read_index(name) for name in index_names(self._names)}
 
     def _problem(self, where: str, what: str, shard: int | None = None) -> Problem:
         return Problem(where, what.removeprefix(f"{self.path / where}: "), repair_way_out(self.path), shard)
+
+    def _unreadable(self, where: str, error: OSError, shard: int | None = None) -> Problem:
+        """Return the problem of what cannot be read.
+
+        Raises:
+            EagleOfflineError: it is no problem of the cache.
+        """
+        explained = unreadable(self.path / where, "cannot be read", error)
+        if not isinstance(explained, DataError):
+            raise explained from error
+        return self._problem(where, str(explained), shard)
 
     def file(self, name: str) -> _Checked:
         """Check a file that the cache brings along."""
@@ -257,7 +167,7 @@ class _Check:
         try:
             sound = path.stat().st_size == recorded.num_bytes and digest_file(path) == recorded.digest
         except OSError as error:
-            return _Checked(self._problem(name, f"cannot be read: {error.strerror}"), 0)
+            return _Checked(self._unreadable(name, error), 0)
         problem = None if sound else self._problem(name, "differs from what the manifest records")
         return _Checked(problem, recorded.num_bytes)
 
@@ -266,35 +176,22 @@ class _Check:
         where, num_bytes = record_file(shard), 0
         try:
             record = read_record(self.path, shard)
-            self._check_record(record)
+            check_record(record, self.manifest.identity)
+            self._take_in(record)
             num_bytes = record.file_bytes
-            self._check_bytes(record)
-            self._check_samples(record)
+            check_bytes(self.path, record)
+            check_samples(self.path, self.manifest.identity, record, self._go_on)
         except DataError as error:
             return _Checked(self._problem(where, str(error), shard), num_bytes)
         except OSError as error:
-            return _Checked(self._problem(where, f"cannot be read: {one_line(error)}", shard), num_bytes)
+            return _Checked(self._unreadable(where, error, shard), num_bytes)
         return _Checked(None, num_bytes, shard, len(record.samples))
 
-    def _check_record(self, record: CommitRecord) -> None:
-        identity = self.manifest.identity
-        if record.identity_digest != identity.digest:
-            raise DataError("was made under another manifest")
-        if record.shard >= identity.num_shards:
-            raise DataError(f"is beyond the manifest's {identity.num_shards} shards")
-        named = _named_samples(record)
-        if len(named) != identity.shard_samples(record.shard):
-            raise DataError(f"accounts for {len(named)} samples, expected {identity.shard_samples(record.shard)}")
-        if len(set(named)) != len(named):
-            raise DataError("names a sample twice")
-        if not all(0 <= sample_id < _MAX_SAMPLES for sample_id in named):
-            raise DataError("names a sample by a number that none can have")
-        expected = shard_file(record.shard, record.digest, identity.capture.format)
-        if record.file != expected:
-            raise DataError(f"names {record.file}, expected {expected}")
+    def _take_in(self, record: CommitRecord) -> None:
+        """Remember what a sound record claims, and compare the indexes with it."""
         with self._lock:
             self._claimed.add(record.file)
-            self._see(named)
+            self._see(named_samples(record))
             self._compare_indexes(record)
 
     def _see(self, sample_ids: list[int]) -> None:
@@ -302,25 +199,6 @@ class _Check:
         byte, bit = ids >> 3, (1 << (ids & 7)).astype(np.uint8)
         self._repeated.update(ids[self._seen[byte] & bit != 0].tolist())
         np.bitwise_or.at(self._seen, byte, bit)
-
-    def _check_bytes(self, record: CommitRecord) -> None:
-        path = self.path / record.file
-        if not path.exists():
-            raise DataError(f"{record.file} is missing")
-        digest, num_bytes = _digest_shard(path)
-        if num_bytes != record.file_bytes:
-            raise DataError(f"{record.file} has {num_bytes} bytes, expected {record.file_bytes}")
-        if digest != record.digest:
-            raise DataError(f"{record.file} was damaged after it was written: its digest differs")
-
-    def _check_samples(self, record: CommitRecord) -> None:
-        """Decode every sample of a shard that is byte for byte what its record says."""
-        reader = shard_reader(self.path / record.file, self.manifest.identity, record.shard)
-        for number, place in enumerate(zip(record.samples.record_batch, record.samples.row, strict=True)):
-            self._go_on()
-            stored = reader.read(*place)
-            _check_sample(stored, record, number)
-            decode_fields(self.manifest.identity.capture.fields, stored)
 
     def _go_on(self) -> None:
         if self.stopped():
@@ -352,7 +230,7 @@ class _Check:
         """
         holders: dict[int, list[int]] = {}
         for shard in sound if self._repeated else ():
-            for sample_id in self._repeated.intersection(_named_samples(read_record(self.path, shard))):
+            for sample_id in self._repeated.intersection(named_samples(read_record(self.path, shard))):
                 holders.setdefault(sample_id, []).append(shard)
         first = {
             shard: (sample_id, next(other for other in shards if other != shard))
@@ -378,7 +256,11 @@ class _Check:
         place = found.get("output_dir")
         if content != config_bytes({**expected, "output_dir": place}):
             return [self._problem(CONFIG_FILE, "differs from what the manifest records")], []
-        if Path(str(place)).resolve() != self.path.resolve():
+        try:
+            elsewhere = Path(str(place)).resolve() != self.path.resolve()
+        except (OSError, ValueError, RuntimeError):  # what no path can be
+            elsewhere = True
+        if elsewhere:
             return [], [Note(CONFIG_FILE, f"names another place, {place}; eagle-offline repair {self.path} names this")]
         return [], []
 
@@ -425,36 +307,3 @@ class _PlacedIndex:
             for column in fields(SampleIndex)
             if column.name != "entries"
         )
-
-
-def _named_samples(record: CommitRecord) -> list[int]:
-    return [*record.samples.sample_id, *(lost.sample_id for lost in record.lost)]
-
-
-def _digest_shard(path: Path) -> tuple[str, int]:
-    """Return a shard's digest and size."""
-    if path.suffix == ".zarr":
-        from eagle_offline.cache.zarr_shards import digest_tree
-
-        return digest_tree(path)
-    return digest_file(path), path.stat().st_size
-
-
-def _check_sample(stored: StoredSample, record: CommitRecord, number: int) -> None:
-    """Refuse a sample that is not the one which the record names in its place."""
-    import torch
-
-    from eagle_offline.supervision import supervised_positions
-
-    table = record.samples
-    num_positions = int(supervised_positions(torch.from_numpy(stored.loss_mask).bool()).sum())
-    found = (
-        stored.sample_id, len(stored.input_ids), len(stored.loss_mask), int(stored.loss_mask.sum()),
-        len(stored.target_argmax), num_positions, stored.digest(),
-    )  # fmt: skip
-    recorded = (
-        table.sample_id[number], table.num_tokens[number], table.num_tokens[number], table.num_supervised[number],
-        table.num_target_positions[number], table.num_target_positions[number], table.digest[number],
-    )  # fmt: skip
-    if found != recorded:
-        raise DataError(f"{record.file}: sample {table.sample_id[number]} is not what the record says of it")

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from eagle_offline.cache.formats import ShardWriter, shard_writer
+from eagle_offline.cache.formats import ShardWriter, digest_shard, shard_writer
 from eagle_offline.cache.index import index_of, read_index, write_index
 from eagle_offline.cache.layout import (
     FORMAT_NAME,
@@ -33,15 +33,23 @@ from eagle_offline.durable import (
     remove,
     temporary_sibling,
 )
-from eagle_offline.errors import DataError
+from eagle_offline.errors import DataError, unreadable
 
 # A record holds a few dozen bytes a sample; nothing larger than this is ever parsed.
 _MAX_RECORD_BYTES = 256 << 20
 
 
 def committed_shards(directory: Path) -> list[int]:
-    """Return the numbers of the shards that have a commit record, in order."""
-    return sorted(shard for name in os.listdir(directory) if (shard := shard_of_record(name)) is not None)
+    """Return the numbers of the shards that have a commit record, in order.
+
+    Raises:
+        DataError: the directory cannot be read.
+    """
+    try:
+        names = os.listdir(directory)
+    except OSError as error:
+        raise unreadable(directory, "cannot be read", error) from error
+    return sorted(shard for name in names if (shard := shard_of_record(name)) is not None)
 
 
 def read_record(directory: Path, shard: int) -> CommitRecord:
@@ -56,9 +64,7 @@ def read_record(directory: Path, shard: int) -> CommitRecord:
     try:
         record = CommitRecord.model_validate(raw)
     except ValidationError as error:
-        raise DataError(
-            f"{path}: {first_problem(error)}; {repair_way_out(directory)}"
-        ) from error
+        raise DataError(f"{path}: {first_problem(error)}; {repair_way_out(directory)}") from error
     lengths = {len(column) for column in record.samples.model_dump().values()}
     if record.shard != shard or len(lengths) != 1:
         raise DataError(f"{path}: the record of another shard, or of columns of unequal length")
@@ -80,6 +86,14 @@ def _shard_writer(path: Path, shard: int, identity: Identity) -> Iterator[ShardW
     except BaseException:
         remove(path)
         raise
+
+
+def _put_in_place(sibling: Path, final: Path, digest: str) -> None:
+    """Give a finished shard its name; a directory of that name and content stays, for whoever reads it."""
+    if final.is_dir() and digest_shard(final)[0] == digest:
+        remove(sibling)
+    else:
+        put_in_place(sibling, final)
 
 
 def write_shard(
@@ -112,7 +126,7 @@ def write_shard(
                     writer.append(sample)
             table, digest, file_bytes = writer.close()
             final = directory / shard_file(shard, digest, identity.capture.format)
-            put_in_place(sibling, final)
+            _put_in_place(sibling, final, digest)
         fsync_directory(directory)
     record = CommitRecord(
         format=FORMAT_NAME,

@@ -44,7 +44,7 @@ from eagle_offline.cache.layout import FORMAT_NAME, FORMAT_VERSION, FieldLayout,
 from eagle_offline.cache.manifest import Identity
 from eagle_offline.cache.samples import StoredSample, TableBuilder
 from eagle_offline.durable import fsync_directory
-from eagle_offline.errors import DataError, one_line
+from eagle_offline.errors import DataError, unreadable
 
 # Of one chunk, so that a sample's end costs little to read; and of one object, what an object store takes in one piece.
 CHUNK_BYTES: Final = 512 << 10
@@ -565,14 +565,14 @@ def _opened(path: Path) -> Iterator[_File]:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error.strerror or error)}") from error
+        raise unreadable(path, "cannot be read", error) from error
 
 
 def _check_directory(path: Path) -> None:
     try:
         plain = stat.S_ISDIR(path.lstat().st_mode)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error.strerror or error)}") from error
+        raise unreadable(path, "cannot be read", error) from error
     if not plain:
         raise DataError(f"{path}: not a directory, or a link to one")
 
@@ -604,23 +604,29 @@ def _read_chunk(file: _File, array: ArrayLayout, offset: int, length: int) -> np
     return chunk
 
 
-def digest_tree(path: Path) -> tuple[str, int]:
+def digest_tree(path: Path, max_bytes: int | None = None) -> tuple[str, int]:
     """Return the digest of a shard's directory, and the size of its files together.
 
     The digest is xxh3_128, hexadecimal, over every file in ascending order of its path: path below ``path``, size
     (uint64, little-endian), content.
 
+    Args:
+        path: the directory.
+        max_bytes: give up where the files have more than this together.
+
     Raises:
-        DataError: it cannot be read, or has anything in it but plain files and directories.
+        DataError: it cannot be read, is too large, or has anything in it but plain files and directories.
     """
     digest, num_bytes = xxhash.xxh3_128(), 0
     for name in sorted(_file_names(path)):
         with _opened(path / name) as file:
+            num_bytes += file.size
+            if max_bytes is not None and num_bytes > max_bytes:
+                raise DataError(f"{path}: its files have more than {max_bytes} bytes")
             digest.update(os.fsencode(name))
             digest.update(file.size.to_bytes(8, "little"))
             for start in range(0, file.size, _READ_BYTES):
                 digest.update(file.read(start, min(_READ_BYTES, file.size - start)).data)
-            num_bytes += file.size
     return digest.hexdigest(), num_bytes
 
 
@@ -645,4 +651,4 @@ def _entries(path: Path) -> list[os.DirEntry[str]]:
         with os.scandir(path) as entries:
             return list(entries)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error.strerror or error)}") from error
+        raise unreadable(path, "cannot be read", error) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -58,8 +59,8 @@ class CacheMixture:
     def read_ahead(self, samples: np.ndarray) -> None:
         """Prepare for samples, int64 indices, to be read in about this order."""
         for number, cache in enumerate(self.caches):
-            own = samples[(samples >= self.starts[number]) & (samples < self.starts[number + 1])]
-            cache.read_ahead(own - self.starts[number])
+            places = np.flatnonzero((samples >= self.starts[number]) & (samples < self.starts[number + 1]))
+            cache.read_ahead(samples[places] - self.starts[number], places)
 
     def close(self) -> None:
         """End what was begun for reading ahead."""
@@ -78,13 +79,30 @@ def check_alike(cache: Cache, other: Cache) -> None:
         MismatchError: names the first field that differs.
     """
     ours, theirs = cache.manifest.identity, other.manifest.identity
+    check_same_states(cache, other)
     pairs = {
-        "target": (ours.target.checkpoint_digest, theirs.target.checkpoint_digest),
-        "aux layers": (ours.capture.aux_layer_ids, theirs.capture.aux_layer_ids),
         "target encoding": (ours.capture.target_encoding, theirs.capture.target_encoding),
         "dense vocabulary": (ours.capture.draft_vocab_digest, theirs.capture.draft_vocab_digest),
         "stored dtype": (ours.capture.fields[0].dtype, theirs.capture.fields[0].dtype),
     }
+    _refuse_unlike(cache, other, pairs)
+
+
+def check_same_states(cache: Cache, other: Cache) -> None:
+    """Refuse caches whose states are not those of one target at the same layers.
+
+    Raises:
+        MismatchError: names the first field that differs.
+    """
+    ours, theirs = cache.manifest.identity, other.manifest.identity
+    pairs = {
+        "target": (ours.target.checkpoint_digest, theirs.target.checkpoint_digest),
+        "aux layers": (ours.capture.aux_layer_ids, theirs.capture.aux_layer_ids),
+    }
+    _refuse_unlike(cache, other, pairs)
+
+
+def _refuse_unlike(cache: Cache, other: Cache, pairs: dict[str, tuple[Any, Any]]) -> None:
     for name, (one, two) in pairs.items():
         if one != two:
             raise MismatchError(f"{other.name}: its {name} is {two}, that of {cache.name} is {one}")

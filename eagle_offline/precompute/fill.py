@@ -27,7 +27,7 @@ from eagle_offline.cache.manifest import (
 )
 from eagle_offline.cache.publishing import Publisher
 from eagle_offline.cache.samples import EncodingErrors, StoredSample, encode_fields
-from eagle_offline.cache.verify import write_config
+from eagle_offline.cache.saved_settings import write_config
 from eagle_offline.cache.writer import ensure_index
 from eagle_offline.durable import make_directory, remove_abandoned, write_bytes
 from eagle_offline.errors import EagleOfflineError
@@ -188,6 +188,12 @@ def _write_companions(plan: Plan, model: torch.nn.Module, head: Any, environment
     return manifest
 
 
+def target_files(directory: Path) -> list[Path]:
+    """Return what a cache keeps of a checkpoint: its config, tokenizer and templates, without lists of weights."""
+    found = [path for pattern in _TARGET_FILES for path in sorted(directory.glob(pattern))]
+    return [path for path in found if not path.name.endswith(".index.json")]
+
+
 def _companions(plan: Plan, model: torch.nn.Module, head: Any) -> dict[str, bytes]:
     """Return the content of every file that comes with the cache, by its path inside it."""
     weight = input_embeddings(model).weight
@@ -201,10 +207,8 @@ def _companions(plan: Plan, model: torch.nn.Module, head: Any) -> dict[str, byte
         EMBEDDINGS_FILE: embeddings_bytes(embeddings),
         vocab_file(plan.vocab.digest): vocab_bytes(plan.vocab.selected_token_ids),
     }
-    for pattern in _TARGET_FILES:
-        for path in sorted(plan.source.directory.glob(pattern)):
-            if not path.name.endswith(".index.json"):
-                contents[f"{TARGET_DIRECTORY}/{path.name}"] = path.read_bytes()
+    for path in target_files(plan.source.directory):
+        contents[f"{TARGET_DIRECTORY}/{path.name}"] = path.read_bytes()
     if plan.settings.chat_template is not None:
         contents[f"{TARGET_DIRECTORY}/chat_template.jinja"] = plan.settings.chat_template.read_bytes()
     return contents

@@ -15,7 +15,7 @@ import torch
 from eagle_offline.cache.choices import EncodingChoice
 from eagle_offline.cache.codec import estimated_row_bytes
 from eagle_offline.cache.filling import begun_cache
-from eagle_offline.cache.layout import TOKENS_DIRECTORY
+from eagle_offline.cache.layout import ASIDE_DIRECTORY, CONFIG_FILE, TOKENS_DIRECTORY
 from eagle_offline.cache.manifest import (
     BatchPlan,
     CaptureIdentity,
@@ -27,7 +27,7 @@ from eagle_offline.cache.manifest import (
     TextIdentity,
     refuse_drift,
 )
-from eagle_offline.cache.verify import ASIDE_DIRECTORY, CONFIG_FILE
+from eagle_offline.cache.remote import MIRROR_ENTRIES
 from eagle_offline.cache.writer import committed_shards
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.devices import resolve_device
@@ -145,7 +145,7 @@ def check_output_directory(settings: PrecomputeSettings) -> Manifest | None:
     """
     directory = settings.output_dir
     make_directory(directory)
-    return begun_cache(directory, resume=settings.resume, own_entries=OWN_ENTRIES)
+    return begun_cache(directory, resume=settings.resume, own_entries=OWN_ENTRIES | MIRROR_ENTRIES)
 
 
 def _absolute(name: str) -> str:

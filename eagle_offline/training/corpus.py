@@ -9,8 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from eagle_offline.cache.reader import Cache, open_cache
-from eagle_offline.data.mixture import CacheMixture, check_alike
-from eagle_offline.data.sampler import heldout_mask, plan_epoch, plan_packs, weighted_samples
+from eagle_offline.cache.remote import is_url
+from eagle_offline.data.mixture import CacheMixture, check_alike, check_same_states
+from eagle_offline.data.sampler import (
+    SHUFFLE_WINDOW_SHARDS,
+    heldout_mask,
+    plan_epoch,
+    plan_packs,
+    weighted_samples,
+)
 from eagle_offline.errors import DataError, UsageError
 from eagle_offline.train_settings import TrainSettings
 
@@ -40,6 +47,11 @@ class Corpus:
         """The first cache, which speaks for all in what they share."""
         return self.samples.caches[0]
 
+    def close(self) -> None:
+        """End what was begun for reading ahead."""
+        self.samples.close()
+        self.heldout.close()
+
     def epoch_packs(self, settings: TrainSettings, epoch: int) -> list[np.ndarray]:
         """Return an epoch's packs in order, sample indices each: a function of seed, epoch and caches alone."""
         chosen = [
@@ -52,6 +64,35 @@ class Corpus:
     def heldout_packs(self, settings: TrainSettings) -> Iterator[np.ndarray]:
         """Yield the held-out samples in cache order, a pack at a time."""
         yield from plan_packs(self.heldout_samples, self.heldout.lengths, settings.tokens_per_batch)
+
+
+def small_local_cache(settings: TrainSettings, corpus: Corpus) -> list[str]:
+    """Return what is to be said of a ``--local-cache-size`` that costs time, with the size that would not."""
+    caches = {id(cache): cache for cache in (*corpus.samples.caches, *corpus.heldout.caches) if is_url(cache.name)}
+    trained = [cache for cache in corpus.samples.caches if id(cache) in caches]
+    sizes = sorted((entry.file_bytes for cache in trained for entry in cache.index.entries), reverse=True)
+    everything = sum(entry.file_bytes for cache in caches.values() for entry in cache.index.entries)
+    size, said = int(settings.local_cache_size), []
+    mixed, ahead = sum(sizes[:SHUFFLE_WINDOW_SHARDS]), sum(sizes[: 2 * SHUFFLE_WINDOW_SHARDS])
+    if size < min(ahead, everything):
+        again = "fetched again for almost every sample" if size < min(mixed, everything) else "waited for"
+        said.append(
+            f"--local-cache-size {_in_words(size)} holds fewer shards than are mixed at a time "
+            f"({SHUFFLE_WINDOW_SHARDS}) and read ahead (as many): they will be {again}; "
+            f"{_in_words(min(ahead, everything))} would do"
+        )
+    if size < everything and corpus.heldout is corpus.samples and trained and len(corpus.heldout_samples):
+        said.append(
+            f"held-out documents lie in all shards: with less than --local-cache-size {_in_words(everything)} each "
+            "validation fetches them all; --heldout-cache avoids that"
+        )
+    return said
+
+
+def _in_words(num_bytes: int) -> str:
+    """Return a size as ``--local-cache-size`` takes it, rounded up."""
+    unit, name = next((unit for unit in ((10**9, "GB"), (10**6, "MB")) if num_bytes >= 10 * unit[0]), (1000, "kB"))
+    return f"{-(-num_bytes // unit)}{name}"
 
 
 def open_corpus(settings: TrainSettings) -> Corpus:
@@ -75,7 +116,9 @@ def open_corpus(settings: TrainSettings) -> Corpus:
         corpus = Corpus(samples, samples, kept, np.flatnonzero(held), weights)
     else:
         other = _open(settings, settings.heldout_cache)
-        check_alike(samples.caches[0], other)
+        # Final states give the distribution over any vocabulary, also over that of probabilities that are trained on.
+        factored = other.manifest.identity.capture.target_encoding == "factored"
+        (check_same_states if factored else check_alike)(samples.caches[0], other)
         _refuse_repeated([*opened, other], "--heldout-cache {path} holds what is trained on; give another")
         corpus = Corpus(samples, CacheMixture([other]), tuple(everything), np.arange(len(other)), weights)
     if not sum(len(indices) for indices in corpus.train_samples):

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from eagle_offline.errors import EagleOfflineError, MismatchError, StoppedEarly,
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
 from eagle_offline.train_settings import TrainSettings
-from eagle_offline.training.corpus import open_corpus
+from eagle_offline.training.corpus import Corpus, open_corpus, small_local_cache
 from eagle_offline.training.logbook import METRICS_FILE, SKIPPED_FILE, MetricsRow, SkippedRow
 from eagle_offline.training.profiling import PROFILE_DIRECTORY, profiled
 from eagle_offline.training.ranks import Ranks
@@ -113,7 +114,24 @@ def run(
             sys.stderr.write(f"train: {directory / LATEST_FILE} was missing; going on from {restored}, the newest\n")
     ranks.wait()
     checkpoint = latest_checkpoint(directory)
-    trainer = Trainer(settings, open_corpus(settings), ranks, source() if checkpoint is None else None)
+    with ExitStack() as opened:
+        corpus = open_corpus(settings)
+        opened.callback(corpus.close)
+        return _run(settings, stop, ranks, source, corpus, checkpoint)
+
+
+def _run(
+    settings: TrainSettings,
+    stop: StopRequest,
+    ranks: Ranks,
+    source: Callable[[], DraftWeights | None],
+    corpus: Corpus,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    directory = settings.output_dir
+    if ranks.is_first:
+        sys.stderr.writelines(f"train: {said}\n" for said in small_local_cache(settings, corpus))
+    trainer = Trainer(settings, corpus, ranks, source() if checkpoint is None else None)
     if ranks.is_first:
         chosen = settings.draft_vocab is not None or settings.draft_vocab_size is not None
         for line in (trainer.choice.describe(chosen=chosen), trainer.taken_over):

@@ -133,6 +133,8 @@ class PackStream:
         The gate is the reference's whatever a run trains with, so that runs can be compared. With ``alone`` every
         document is a pack of its own.
         """
+        if self._corpus.heldout is not self._corpus.samples:
+            self._corpus.heldout.read_ahead(self._corpus.heldout_samples)
         packs = list(self._corpus.heldout_packs(self._settings))[self._ranks.rank :: self._ranks.size]
         if alone:
             packs = [pack[place : place + 1] for pack in packs for place in range(len(pack))]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eagle_offline.cache.reader import Cache
 from eagle_offline.devices import resolve_device
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.draft.from_target import embeddings_differ
@@ -98,9 +99,8 @@ class Trainer:
         self.gradients = GradientSum(self.ranks, self.trainable)
         others = None if corpus.heldout is corpus.samples else corpus.heldout
         self.expected = fingerprint(settings, corpus.samples, others, self.choice.vocabulary.digest)
-        self._selected_head: Head | None = None
-        if cache.manifest.identity.capture.target_encoding == "factored":
-            self._selected_head = cache.head.select(self.choice.selected_token_ids).to(self.device)
+        self._selected_head = self._head_of(cache)
+        self._heldout_head = self._head_of(corpus.heldout.caches[0]) if others is not None else self._selected_head
         self.stream = PackStream(settings, corpus, self.ranks, self.choice, self.device)
         self.standing = Standing(Position(step=0, epoch=0, next_pack=0))
         self.total_steps = self.stream.count_steps(self.position)
@@ -145,7 +145,7 @@ class Trainer:
         own = Tally(self.settings.ttt_steps, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         for number, pack in enumerate(packs, start=1):
-            loss, sums = self._run(pack, weights)
+            loss, sums = self._run(pack, weights, self._selected_head)
             if number == loaded.num_packs:
                 self.gradients.arm()
             loss.backward()
@@ -170,14 +170,14 @@ class Trainer:
         """Return ``Σ α`` ``[K]`` of the whole step at the weights as they are: a forward pass of its own."""
         total = torch.zeros(self.settings.ttt_steps, dtype=torch.float64)
         for pack in packs:
-            _, sums = self._run(pack, self._no_weights())
+            _, sums = self._run(pack, self._no_weights(), self._selected_head)
             total += sums.overlaps.double().cpu()
         self.ranks.add_up(total)
         return total
 
-    def _run(self, pack: TrainingPack, weights: StepWeights) -> tuple[Tensor, UnrollSums]:
+    def _run(self, pack: TrainingPack, weights: StepWeights, head: Head | None) -> tuple[Tensor, UnrollSums]:
         with self.autocast():
-            return run_pack(self.model, pack.to(self.device), self._selected_head, weights, self.settings.recompute)
+            return run_pack(self.model, pack.to(self.device), head, weights, self.settings.recompute)
 
     def _no_weights(self) -> StepWeights:
         return self._on_device(StepWeights(torch.zeros(self.settings.ttt_steps, dtype=torch.float64)))
@@ -197,7 +197,7 @@ class Trainer:
         found: list[int] = []
         with torch.no_grad():
             for pack in self.stream.heldout(alone=True):
-                _, sums = self._run(pack, self._no_weights())
+                _, sums = self._run(pack, self._no_weights(), self._heldout_head)
                 found += [] if sums.losses.isfinite().all() else pack.sample_ids
         return found
 
@@ -206,10 +206,16 @@ class Trainer:
         counts = pack.plan.step_counts
         weights = self._on_device(TTTLoss(self.settings.ttt_steps, self.settings.step_decay).weights(counts))
         self.optimizer.zero_grad(set_to_none=True)
-        loss, _ = self._run(pack, weights)
+        loss, _ = self._run(pack, weights, self._selected_head)
         loss.backward()
         tensors = [loss, *(parameter.grad for parameter in self.trainable if parameter.grad is not None)]
         return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+    def _head_of(self, cache: Cache) -> Head | None:
+        """Return what gives a cache's distributions over the draft vocabulary; None if they are stored."""
+        if cache.manifest.identity.capture.target_encoding != "factored":
+            return None
+        return cache.head.select(self.choice.selected_token_ids).to(self.device)
 
     def validate(self) -> Tally:
         """Return the counts of the held-out documents, of all ranks.
@@ -218,7 +224,7 @@ class Trainer:
             EagleOfflineError: a loss is not finite; names the samples.
         """
         with self.autocast():
-            tally = validate(self.model, self.stream.heldout(), self._selected_head, self.ttt_loss, self.ranks)
+            tally = validate(self.model, self.stream.heldout(), self._heldout_head, self.ttt_loss, self.ranks)
         if not tally.is_finite():
             ids = sorted(self.ranks.gathered(self.heldout_culprits()))
             raise EagleOfflineError(

@@ -14,7 +14,6 @@ import random
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,58 @@ Json = dict[str, Any]
 
 # Written into a document in the place of a value, as they stand.
 RAW_VALUES = [
-    "1" + "0" * 400, "-1" + "0" * 400, "1" + "0" * 5000, "1e400", "-1e400", "NaN", "-Infinity", "1.0", "-0", "1E2", "2147483648",
-    "4294967296", "9223372036854775807", "9223372036854775808", "18446744073709551615", "4294967295", "2147483647", "16777216",
-    "16777217", "1e308", "5e-324", '"\\ud800"', '"\\u0000"', '"\\u001b[2J\\u001b]0;x\\u0007"', '"\\u202e\\u2066"', '"a\\nb\\rc"',
-    '"' + "a" * 100_000 + '"', '"' + "../" * 60 + 'etc/passwd"', '"/dev/zero"', '"\\u0661\\u0662"', '"ﬁle.arrow"', '"shard"',
-    "[" * 200 + "]" * 200, "[" * 400 + "]" * 400, '{"a":' * 990 + "1" + "}" * 990, "[" * 100_000 + "]" * 100_000,
-    "[" + "0," * 20_000 + "0]", '{"a":1,"a":2}', "true", "null", "{}", "[]", '""', "0", "-1", "1", "2", "7", "8", "64", "65",
-]  # fmt: skip
+    "1" + "0" * 400,
+    "-1" + "0" * 400,
+    "1" + "0" * 5000,
+    "1e400",
+    "-1e400",
+    "NaN",
+    "-Infinity",
+    "1.0",
+    "-0",
+    "1E2",
+    "2147483648",
+    "4294967296",
+    "9223372036854775807",
+    "9223372036854775808",
+    "18446744073709551615",
+    "4294967295",
+    "2147483647",
+    "16777216",
+    "16777217",
+    "1e308",
+    "5e-324",
+    '"\\ud800"',
+    '"\\u0000"',
+    '"\\u001b[2J\\u001b]0;x\\u0007"',
+    '"\\u202e\\u2066"',
+    '"a\\nb\\rc"',
+    '"' + "a" * 100_000 + '"',
+    '"' + "../" * 60 + 'etc/passwd"',
+    '"/dev/zero"',
+    '"\\u0661\\u0662"',
+    '"ﬁle.arrow"',
+    '"shard"',
+    "[" * 200 + "]" * 200,
+    "[" * 400 + "]" * 400,
+    '{"a":' * 990 + "1" + "}" * 990,
+    "[" * 100_000 + "]" * 100_000,
+    "[" + "0," * 20_000 + "0]",
+    '{"a":1,"a":2}',
+    "true",
+    "null",
+    "{}",
+    "[]",
+    '""',
+    "0",
+    "-1",
+    "1",
+    "2",
+    "7",
+    "8",
+    "64",
+    "65",
+]
 _MARK = "@@raw value@@"
 
 
@@ -57,8 +101,13 @@ def sample_digest(values: list[bytes]) -> str:
     return xxhash.xxh3_64_hexdigest(b"".join(struct.pack("<Q", len(value)) + value for value in values))
 
 
-PLAIN = (("sample_id", "<i8"), ("input_ids", "<i4"), ("loss_mask", "u1"), ("target_argmax", "<i4"),
-         ("target_log_normalizer", "<f4"))  # fmt: skip
+PLAIN = (
+    ("sample_id", "<i8"),
+    ("input_ids", "<i4"),
+    ("loss_mask", "u1"),
+    ("target_argmax", "<i4"),
+    ("target_log_normalizer", "<f4"),
+)
 
 
 def arrow_sample_digest(row: Json, columns: list[str]) -> str:
@@ -67,9 +116,16 @@ def arrow_sample_digest(row: Json, columns: list[str]) -> str:
 
 
 INDEX_COLUMNS = {
-    "sample_id": "i4", "num_tokens": "i4", "num_supervised": "i4", "num_target_positions": "i4", "num_in_vocab": "i4",
-    "vocab_mass": "f4", "record_batch": "i4", "row": "i4", "digest": "u8",
-}  # fmt: skip
+    "sample_id": "i4",
+    "num_tokens": "i4",
+    "num_supervised": "i4",
+    "num_target_positions": "i4",
+    "num_in_vocab": "i4",
+    "vocab_mass": "f4",
+    "record_batch": "i4",
+    "row": "i4",
+    "digest": "u8",
+}
 
 
 def index_file(records: list[Json], identity_digest: str) -> tuple[str, bytes]:
@@ -153,7 +209,7 @@ class Forged:
             seal: of documents and what they say of one another; else they keep what they said.
         """
         for name in set(self.manifest.get("files", {})) & set(self.files) if seal else ():
-            with contextlib.suppress(TypeError, AttributeError):
+            with contextlib.suppress(TypeError, AttributeError, KeyError):
                 said, content = self.manifest["files"][name], self.files[name]
                 if said["num_bytes"] == len(content):
                     said["digest"] = xxhash.xxh3_128_hexdigest(content)
@@ -243,7 +299,16 @@ def spoil(document: Any, rng: random.Random) -> tuple[str, str | None]:
         node[key] = rng.choice([value[:-1], value + value, value[::-1], []])
         return f"{path} of length {len(node[key])}", None
     if kind == "near" and isinstance(value, str) and value:
-        twisted = [value[:-1], value + "\n", value.upper(), "../" + value, "/" + value, value + "\0", value[::-1], f"{value}/.."]
+        twisted = [
+            value[:-1],
+            value + "\n",
+            value.upper(),
+            "../" + value,
+            "/" + value,
+            value + "\0",
+            value[::-1],
+            f"{value}/..",
+        ]
         node[key] = rng.choice(twisted)
         return f"{path} = {node[key][:60]!r}", None
     if kind == "delete":
@@ -253,7 +318,17 @@ def spoil(document: Any, rng: random.Random) -> tuple[str, str | None]:
         node[rng.choice(["more", "", "__class__", "a" * 500, "\x1b[2J", "\0", "../x", "é"])] = copy.deepcopy(value)
         return f"{path} added beside", None
     if kind == "key" and isinstance(node, dict):
-        twisted = ["../" + key, "/etc/passwd", key + "/", key + "\0", key.upper(), "./" + key, key + "\n", "a/../" + key, "．．/x"]
+        twisted = [
+            "../" + key,
+            "/etc/passwd",
+            key + "/",
+            key + "\0",
+            key.upper(),
+            "./" + key,
+            key + "\n",
+            "a/../" + key,
+            "．．/x",
+        ]
         node[rng.choice(twisted)] = node.pop(key)
         return f"{path} renamed", None
     if kind == "repeat" and isinstance(node, list):
@@ -268,7 +343,9 @@ def spoil(document: Any, rng: random.Random) -> tuple[str, str | None]:
 
 
 def spoil_manifest(cache: Forged, rng: random.Random) -> tuple[str, str | None]:
-    part = rng.choice(["identity", "identity", "identity", "capture", "capture", "defaults", "files", "environment", "all"])
+    part = rng.choice(
+        ["identity", "identity", "identity", "capture", "capture", "defaults", "files", "environment", "all"]
+    )
     documents = {"all": cache.manifest, "capture": cache.manifest["identity"]["capture"]}
     what, raw = spoil(documents.get(part, cache.manifest.get(part)), rng)
     return f"manifest {part}{what}", raw
@@ -312,11 +389,15 @@ def spoil_safetensors(content: bytes, rng: random.Random) -> tuple[bytes, str]:
     elif kind == "shape" and tensors:
         tensor = header[rng.choice(tensors)]
         flat = int(np.prod(tensor["shape"]))
-        tensor["shape"] = rng.choice([[flat], [1, flat], [flat, 1], tensor["shape"][::-1], [*tensor["shape"], 1], [flat // 2, 2]])
+        tensor["shape"] = rng.choice(
+            [[flat], [1, flat], [flat, 1], tensor["shape"][::-1], [*tensor["shape"], 1], [flat // 2, 2]]
+        )
         what = f"shape {tensor['shape']}"
     elif kind == "dtype" and tensors:
         tensor = header[rng.choice(tensors)]
-        tensor["dtype"], width = rng.choice([("I32", 4), ("I64", 8), ("BOOL", 1), ("F64", 8), ("BF16", 2), ("F16", 2), ("F8_E4M3", 1), ("F32", 4)])
+        tensor["dtype"], width = rng.choice(
+            [("I32", 4), ("I64", 8), ("BOOL", 1), ("F64", 8), ("BF16", 2), ("F16", 2), ("F8_E4M3", 1), ("F32", 4)]
+        )
         start, stop = tensor["data_offsets"]
         tensor["shape"] = [(stop - start) // width]
         what = f"dtype {tensor['dtype']}"
@@ -365,9 +446,20 @@ def spoil_arrow(cache: Forged, rng: random.Random) -> tuple[str, str | None]:
     if kind == "schema":
         place = rng.randrange(len(schema))
         column = schema.field(place)
-        other = rng.choice([pa.binary(), pa.string(), pa.list_(pa.int64()), pa.int32(), pa.null(), pa.large_list(pa.int32()), pa.float64(),
-                            pa.dictionary(pa.int32(), column.type), pa.list_(column.type)])  # fmt: skip
-        with contextlib.suppress(pa.ArrowException):
+        other = rng.choice(
+            [
+                pa.binary(),
+                pa.string(),
+                pa.list_(pa.int64()),
+                pa.int32(),
+                pa.null(),
+                pa.large_list(pa.int32()),
+                pa.float64(),
+                pa.dictionary(pa.int32(), column.type),
+                pa.list_(column.type),
+            ]
+        )
+        with contextlib.suppress(pa.ArrowException, ValueError):
             arrays[place] = pa.nulls(len(rows), other)
             schema = schema.set(place, pa.field(column.name, other, nullable=rng.random() < 0.5))
         what = f"{column.name} as {other}"
@@ -402,12 +494,20 @@ def _other_value(value: Any, rng: random.Random) -> tuple[Any, str]:
         at = rng.randrange(size)
         kind, changed = rng.choice(
             [
-                ("cut", value[:at]), ("doubled", value + value), ("empty", b""), ("noise", rng.randbytes(size)),
-                ("ones", b"\xff" * size), ("zeros", bytes(size)), ("bomb", _bomb(1 << 28)), ("one more", value + b"\0"),
-                ("frame of another size", _bomb(size + 1)), ("byte", value[:at] + b"\x7f" + value[at + 1 :]),
-                ("skippable frame", b"\x50\x2a\x4d\x18\x01\0\0\0x" + value), ("header", value[:4] + rng.randbytes(9) + value[13:]),
+                ("cut", value[:at]),
+                ("doubled", value + value),
+                ("empty", b""),
+                ("noise", rng.randbytes(size)),
+                ("ones", b"\xff" * size),
+                ("zeros", bytes(size)),
+                ("bomb", _bomb(1 << 28)),
+                ("one more", value + b"\0"),
+                ("frame of another size", _bomb(size + 1)),
+                ("byte", value[:at] + b"\x7f" + value[at + 1 :]),
+                ("skippable frame", b"\x50\x2a\x4d\x18\x01\0\0\0x" + value),
+                ("header", value[:4] + rng.randbytes(9) + value[13:]),
             ]
-        )  # fmt: skip
+        )
         return changed, kind
     if isinstance(value, list):
         least, most = (0, 255) if all(isinstance(v, int) and 0 <= v < 2 for v in value) else (-(2**31), 2**31 - 1)
@@ -417,10 +517,15 @@ def _other_value(value: Any, rng: random.Random) -> tuple[Any, str]:
         at = rng.randrange(max(1, len(value)))
         kind, changed = rng.choice(
             [
-                ("cut", value[:at]), ("doubled", value + value), ("empty", []), ("turned", value[::-1]),
-                ("edge", [*value[:at], edge, *value[at + 1 :]]), ("all edge", [edge] * len(value)), ("long", [edge] * 5000),
+                ("cut", value[:at]),
+                ("doubled", value + value),
+                ("empty", []),
+                ("turned", value[::-1]),
+                ("edge", [*value[:at], edge, *value[at + 1 :]]),
+                ("all edge", [edge] * len(value)),
+                ("long", [edge] * 5000),
             ]
-        )  # fmt: skip
+        )
         return changed, f"{kind} {edge}"
     changed = rng.choice([-1, 0, 1, 2**31, 2**63 - 1, -(2**63)])
     return changed, str(changed)
@@ -463,7 +568,9 @@ def _other_zarr_values(parts: dict[str, bytes], rng: random.Random) -> tuple[dic
     whole = array[...]
     place = tuple(rng.randrange(min(size, 3)) for size in whole.shape)
     limits = np.iinfo(whole.dtype) if whole.dtype.kind in "iu" else None
-    edges = [limits.min, limits.max, 0, 1, 97 if limits.max > 97 else 2] if limits else [float("nan"), float("inf"), -1e30]
+    edges = (
+        [limits.min, limits.max, 0, 1, 97 if limits.max > 97 else 2] if limits else [float("nan"), float("inf"), -1e30]
+    )
     if rng.random() < 0.5:
         whole[place] = rng.choice(edges)
     else:
@@ -501,9 +608,19 @@ def zarr_sample(group: Any, fields: list[Json], row: int) -> list[bytes]:
     """A sample's values in column order, read by zarr-python."""
     tokens, positions = int(group["num_tokens"][row]), int(group["num_target_positions"][row])
     values = [group["sample_id"][row].astype("<i8").tobytes()]
-    for name, count in (("input_ids", tokens), ("loss_mask", tokens), ("target_argmax", positions), ("target_log_normalizer", positions)):
+    for name, count in (
+        ("input_ids", tokens),
+        ("loss_mask", tokens),
+        ("target_argmax", positions),
+        ("target_log_normalizer", positions),
+    ):
         values.append(group[name][row, :count].tobytes())
-    suffixes = {"raw": [""], "planes": [".exponent", ".mantissa"], "fp8": [".fp8", ".scale"], "topk": [".probs", ".ids", ".tail"]}
+    suffixes = {
+        "raw": [""],
+        "planes": [".exponent", ".mantissa"],
+        "fp8": [".fp8", ".scale"],
+        "topk": [".probs", ".ids", ".tail"],
+    }
     for item in fields:
         count = tokens if item["rows"] == "tokens" else positions
         values += [group[item["name"] + suffix][row, :count].tobytes() for suffix in suffixes[item["encoding"]]]
@@ -519,13 +636,15 @@ def spoil_tokens(cache: Forged, rng: random.Random) -> tuple[str, str | None]:
     if kind == "quarantine":
         row = {"file": "chat.jsonl", "row": 1, "reason": "empty", "detail": "x"}
         what, raw = spoil(row, rng)
-        cache.files[name] = (json.dumps(row).replace(json.dumps(_MARK), raw or "") + "\n").encode() * rng.choice([1, 3, 2000])
+        cache.files[name] = (json.dumps(row).replace(json.dumps(_MARK), raw or "") + "\n").encode() * rng.choice(
+            [1, 3, 2000]
+        )
         raw = None
     elif kind == "table":
         cache.files[name], what = damage_bytes(cache.files[name], rng)
     else:
         what, raw = spoil(meta, rng)
-    with contextlib.suppress(KeyError, TypeError):
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
         for base, said in meta["files"].items():
             content = cache.files[f"tokens/{base}"]
             said.update(num_bytes=len(content), digest=xxhash.xxh3_128_hexdigest(content))
@@ -549,7 +668,9 @@ def spoil_config(cache: Forged, rng: random.Random) -> tuple[str, str | None]:
     if both:
         settings = {**inputs, "output_dir": settings["output_dir"]}
         if rng.random() < 0.3:
-            settings["output_dir"] = rng.choice(["\0", "/" * 5000, "a" * 5000, "\x1b[2J", 7, None, "../..", "\ud800", [1], "a\nb"])
+            settings["output_dir"] = rng.choice(
+                ["\0", "/" * 5000, "a" * 5000, "\x1b[2J", 7, None, "../..", "\ud800", [1], "a\nb"]
+            )
             what += f", output_dir {str(settings['output_dir'])[:20]!r}"
     with contextlib.suppress(ValueError, RecursionError):
         text = json.dumps(settings, indent=2).replace(json.dumps(_MARK), raw or "") + "\n"
@@ -577,7 +698,9 @@ def spoil_index(cache: Forged, rng: random.Random, files: dict[str, bytes]) -> s
         place = rng.randrange(batch.num_columns)
         values = batch.column(place).to_numpy(zero_copy_only=False).copy()
         limits = np.iinfo(values.dtype) if values.dtype.kind in "iu" else None
-        values[rng.randrange(len(values))] = rng.choice([limits.min, limits.max, 0, 1, 2, 3] if limits else [np.nan, np.inf, -1.0, 1e38])
+        values[rng.randrange(len(values))] = rng.choice(
+            [limits.min, limits.max, 0, 1, 2, 3] if limits else [np.nan, np.inf, -1.0, 1e38]
+        )
         what = f"{batch.schema.names[place]} = {values.tolist()}"
         batch = batch.set_column(place, batch.schema.field(place), pa.array(values))
     elif kind == "schema":
@@ -587,7 +710,9 @@ def spoil_index(cache: Forged, rng: random.Random, files: dict[str, bytes]) -> s
         what = f"{batch.schema.names[place]} as {other}"
     elif kind == "nulls":
         place = rng.randrange(batch.num_columns)
-        batch = batch.set_column(place, batch.schema.field(place), pa.nulls(batch.num_rows, batch.schema.field(place).type))
+        batch = batch.set_column(
+            place, batch.schema.field(place), pa.nulls(batch.num_rows, batch.schema.field(place).type)
+        )
     name, content = _index_of(batch)
     if kind == "bytes":
         content, said = damage_bytes(content, rng)
@@ -602,9 +727,19 @@ def forgery(tree: dict[str, bytes], rng: random.Random) -> Mutation:
     cache = Forged.of(tree)
     shard = spoil_zarr if cache.format == "zarr" else spoil_arrow
     ways: list[tuple[Callable[[Forged, random.Random], tuple[str, str | None]] | None, int]] = [
-        (spoil_manifest, 30), (spoil_record, 20), (shard, 25), (spoil_companion, 12), (spoil_tokens, 6), (spoil_config, 5), (None, 8)
-    ]  # fmt: skip
+        (spoil_manifest, 30),
+        (spoil_record, 20),
+        (shard, 25),
+        (spoil_companion, 12),
+        (spoil_tokens, 6),
+        (spoil_config, 5),
+        (None, 8),
+    ]
     (way,) = rng.choices([way for way, _ in ways], [weight for _, weight in ways])
+    if rng.random() < 0.15:
+        file = rng.choice([name for name, content in tree.items() if content])
+        changed, what = damage_bytes(tree[file], rng)
+        return Mutation(file, changed, f"{file}: {what}")
     if way is None:
         files = {name: content for name, content in tree.items() if not name.startswith("index-")}
         what = spoil_index(cache, rng, files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -10,6 +11,8 @@ import random
 import resource
 import shutil
 import signal
+import struct
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +25,8 @@ SECONDS = 20  # a reader that takes longer than this on a cache of a few kilobyt
 EXTRA_MEMORY_BYTES = 2 << 30  # nor may it ask for more than this
 
 WEIRD_VALUES: list[Any] = [
-    None, True, False, -1, 0, 1, 7, 2**31, 2**31 - 1, 2**63, -(2**63), 2**64, 10**30, 1.5, 1e308, float("nan"), "", "x",
+    None, True, False, -1, 0, 10**400, -(10**400), 1, 7, 2**31, 2**31 - 1, 2**63, -(2**63),
+    2**64, 10**30, 1.5, 1e308, float("nan"), "", "x",
     "none", "0", "../../secret", "/etc/passwd", "a" * 300, "\0", "é", [], {}, [0], [-1], [[]], {"a": 1}, [1e308],
 ]  # fmt: skip
 WEIRD_WORDS = [
@@ -211,24 +215,87 @@ def read(directory: Path, expected: list[Any]) -> str:
     return "same" if same(found, expected) else "WRONG DATA"
 
 
-def inspect(directory: Path, verify: bool) -> str:
-    """Run `inspect-manifest`: `clean`, `noticed`, or what went wrong."""
+CANARY = "a stranger's secret"  # stands in files that no cache may show
+
+
+def command(*arguments: str) -> str:
+    """Run a command line: `clean`, `noticed`, or what went wrong with its end or with what it printed."""
     from eagle_offline.cli import main
 
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            main(["inspect-manifest", str(directory), *(["--verify"] if verify else [])])
+            main(list(arguments))
     except SystemExit as stop:
-        code = int(stop.code or 0)
-        return {0: "clean", 3: "noticed", 4: "noticed"}.get(code, f"exit {code}: {out.getvalue()[:200]}")
+        code, printed = int(stop.code or 0), out.getvalue()
+        if CANARY in printed:
+            return "shows a file outside the cache"
+        if any(ord(char) < 32 and char not in "\n\t" for char in printed):
+            return f"steers the terminal: {printed[-200:]!r}"
+        return {0: "clean", 3: "noticed", 4: "noticed"}.get(code, f"exit {code}: {printed[-200:]}")
     except BaseException as error:
         return f"{type(error).__name__}: {str(error)[:150]}"
     return "no exit"
 
 
+def inspect(directory: Path, verify: bool) -> str:
+    """Run `inspect-manifest`."""
+    return command("inspect-manifest", str(directory), *(["--verify"] if verify else []))
+
+
+class Outside:
+    """Notes every file that is opened below ``root`` but outside ``inside``, by Python or by a library, and devices.
+
+    To be made in the process that is watched: an audit hook stays.
+    """
+
+    _IN_OPEN = 0x20
+
+    def __init__(self, root: Path, inside: Path):
+        self._inside, self._root = os.path.realpath(inside), os.path.realpath(root)
+        self._found: list[str] = []
+        self._library = ctypes.CDLL(None, use_errno=True)
+        self._descriptor = self._library.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        assert self._descriptor >= 0
+        self._watched: dict[int, str] = {}
+        for directory, folders, _ in os.walk(self._root):
+            folders[:] = [name for name in folders if os.path.join(directory, name) != self._inside]
+            watch = self._library.inotify_add_watch(self._descriptor, directory.encode(), self._IN_OPEN)
+            assert watch >= 0
+            self._watched[watch] = directory
+        sys.addaudithook(self._audit)
+
+    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.listdir", "os.scandir") or not isinstance(arguments[0], str | bytes):
+            return
+        path = os.path.abspath(os.fsdecode(arguments[0]))
+        below = path.startswith(self._root + "/") and not (path + "/").startswith(self._inside + "/")
+        device = path.startswith("/dev/") and path not in ("/dev/null", "/dev/urandom")
+        if (below and os.path.basename(path) != "answers") or device or path == "/etc/passwd":
+            self._found.append(path)
+
+    def found(self) -> list[str]:
+        """What was opened since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            while content := os.read(self._descriptor, 1 << 16):
+                place = 0
+                while place < len(content):
+                    watch, _, _, size = struct.unpack_from("iIII", content, place)
+                    name = content[place + 16 : place + 16 + size].rstrip(b"\0").decode()
+                    path = os.path.join(self._watched[watch], name) if name else ""
+                    if name and path != self._inside and name != "answers":
+                        self._found.append(path)
+                    place += 16 + size
+        found, self._found = sorted(set(self._found)), []
+        return found
+
+
 def survey(
-    reference: Path, work: Path, drawn: Sequence[Mutation], look: Callable[[Path], dict[str, str]]
+    reference: Path,
+    work: Path,
+    drawn: Sequence[Mutation],
+    look: Callable[[Path], dict[str, str]],
+    seconds: int = SECONDS,
 ) -> list[dict[str, str]]:
     """Apply each mutation to a copy of the cache and look at it, in a child that may crash, hang or swell."""
     results: list[dict[str, str]] = []
@@ -237,7 +304,7 @@ def survey(
         answers.write_text("")
         child = os.fork()
         if child == 0:
-            _look_at_all(reference, work / "cache", drawn[len(results) :], look, answers)
+            _look_at_all(reference, work / "cache", drawn[len(results) :], look, answers, seconds)
         _, status = os.waitpid(child, 0)
         results += [json.loads(line) for line in answers.read_text().splitlines()]
         if status and len(results) < len(drawn):
@@ -272,7 +339,12 @@ def restore(reference: Path, copy: Path, mutation: Mutation) -> None:
 
 
 def _look_at_all(
-    reference: Path, copy: Path, drawn: Sequence[Mutation], look: Callable[[Path], dict[str, str]], answers: Path
+    reference: Path,
+    copy: Path,
+    drawn: Sequence[Mutation],
+    look: Callable[[Path], dict[str, str]],
+    answers: Path,
+    seconds: int,
 ) -> None:
     try:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -286,7 +358,7 @@ def _look_at_all(
                 # A new file each time: what a child before left in a memory map must not change under it.
                 for name, content in mutation.changes.items():
                     place(copy / name, content)
-                signal.alarm(SECONDS)
+                signal.alarm(seconds)
                 found = look(copy)
                 signal.alarm(0)
                 file.write(json.dumps(found) + "\n")

@@ -19,9 +19,10 @@ import pytest
 
 from eagle_offline.cache import local_cache
 from eagle_offline.cache import remote as remote_module
+from eagle_offline.cache.formats import digest_shard
 from eagle_offline.cache.layout import CommitRecord
 from eagle_offline.cache.local_cache import Shard, ShardCache
-from eagle_offline.cache.remote import RemoteCache, digest_shard
+from eagle_offline.cache.remote import RemoteCache
 from eagle_offline.errors import DataError, EagleOfflineError, SpaceError, UsageError
 from tests.object_store import Answer, ObjectStore, running_store, write_shard_by_hand
 
@@ -98,7 +99,7 @@ def test_a_shard_is_fetched_once_and_is_what_it_was(shelf, tmp_path):
     with ShardCache(shelf.remote, tmp_path / "local", 10 * shelf.size) as cache:
         for _ in range(3):
             path = cache.path(*shelf.shards[2])
-            assert digest_shard(path) == shelf.shards[2].digest
+            assert digest_shard(path)[0] == shelf.shards[2].digest
         assert path == cache.directory / shelf.shards[2].file
     with ShardCache(shelf.remote, tmp_path / "local", 10 * shelf.size) as again:
         assert again.path(*shelf.shards[2]) == path
@@ -159,10 +160,10 @@ def test_what_is_held_is_not_evicted(shelf, tmp_path, monkeypatch):
             for number in (1, 2, 3):
                 cache.path(*shelf.shards[number])
             assert shelf.here(cache) == [0, 3]
-            assert digest_shard(path) == shelf.shards[0].digest
+            assert digest_shard(path)[0] == shelf.shards[0].digest
             with cache.held(*shelf.shards[3]), pytest.raises(UsageError, match="raise --local-cache-size"):
                 cache.path(*shelf.shards[4])
-        assert digest_shard(cache.path(*shelf.shards[4])) == shelf.shards[4].digest
+        assert digest_shard(cache.path(*shelf.shards[4]))[0] == shelf.shards[4].digest
 
 
 def test_a_disk_that_is_nearly_full_is_not_filled(files, tmp_path, monkeypatch):
@@ -200,7 +201,7 @@ def test_what_comes_damaged_is_fetched_again_once_and_never_put_in_place(store, 
     try:
         with ShardCache(shelf.remote, tmp_path / "local", 10 * shelf.size) as cache:
             store.meddle = corrupt(part, times=1)
-            assert digest_shard(cache.path(*shelf.shards[0])) == shelf.shards[0].digest
+            assert digest_shard(cache.path(*shelf.shards[0]))[0] == shelf.shards[0].digest
             assert shelf.numbers(shelf.fetched) == [0, 0]
             store.meddle = corrupt(part, times=9)
             with pytest.raises(DataError, match=r"shard-000001-.*damaged in the store.*precompute --resume"):
@@ -290,10 +291,61 @@ def test_what_goes_wrong_ahead_is_said_when_the_shard_is_asked_for(files, tmp_pa
         cache.prefetch(files.shards)
         cache.path(*files.shards[0])
         wait_until(lambda: 2 in files.here(cache))
-        files.remote.put(tmp_path / "made" / files.shards[1].file, files.shards[1].file)
         with pytest.raises(DataError, match=files.shards[1].file):
             cache.path(*files.shards[1])
+
+
+def test_what_went_wrong_ahead_and_is_right_by_now_is_not_said(files, tmp_path):
+    files.remote.remove(files.shards[1].file)
+    with ShardCache(files.remote, tmp_path / "local", 4 * files.size) as cache:
+        cache.prefetch(files.shards)
+        wait_until(lambda: 2 in files.here(cache))
+        files.remote.put(tmp_path / "made" / files.shards[1].file, files.shards[1].file)
         cache.path(*files.shards[1])
+
+
+def test_a_shard_stays_until_its_last_use(files, tmp_path):
+    with ShardCache(files.remote, tmp_path / "local", 3 * files.size) as cache:
+        cache.prefetch(files.shards, [(0, 9), (1, 3), (2, 8), (10, 10), (11, 11), (12, 12)])
+        wait_until(lambda: files.here(cache) == [0, 1, 2])
+        for number, place in ((0, 0), (1, 1), (2, 2), (0, 3)):
+            cache.reached(place)
+            cache.path(*files.shards[number])
+        stays(lambda: files.here(cache) == [0, 1, 2])
+        cache.reached(4)
+        wait_until(lambda: files.here(cache) == [0, 2, 3])
+        cache.path(*files.shards[5])  # asked for by somebody else: what is needed last makes room, nothing is skipped
+        assert files.here(cache) == [0, 2, 5]
+        cache.reached(10)
+        wait_until(lambda: 4 in files.here(cache))
+
+
+def test_what_is_open_does_not_hold_up_what_comes_after_it(files, tmp_path):
+    with ShardCache(files.remote, tmp_path / "local", 4 * files.size) as cache, cache.held(*files.shards[0]):
+        cache.prefetch(files.shards[:3])
+        wait_until(lambda: files.here(cache) == [0, 1, 2])
+
+
+def test_caches_of_one_process_take_nothing_from_each_other_that_is_needed_sooner(tmp_path):
+    one, other = (Shelf(f"memory://{uuid.uuid4().hex}/cache", tmp_path / name) for name in ("one", "other"))
+    with (
+        ShardCache(one.remote, tmp_path / "local", 4 * one.size) as first,
+        ShardCache(other.remote, tmp_path / "local", 4 * one.size) as second,
+    ):
+        first.prefetch(one.shards, [(place, place) for place in (0, 2, 4, 6, 8, 10)])
+        second.prefetch(other.shards, [(place, place) for place in (1, 3, 5, 7, 9, 11)])
+        wait_until(lambda: (one.here(first), other.here(second)) == ([0, 1], [0, 1]))
+        stays(lambda: (one.here(first), other.here(second)) == ([0, 1], [0, 1]))
+
+
+def test_readers_leave_room_for_one_another(files, tmp_path, monkeypatch):
+    with ShardCache(files.remote, tmp_path / "local", 12_000) as cache:
+        assert cache.max_held_bytes == 6_000
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        assert cache.max_held_bytes == 2_000
+        with ShardCache(files.remote, tmp_path / "local", 12_000):
+            assert cache.max_held_bytes == 1_000
+        assert cache.max_held_bytes == 2_000
 
 
 def test_closing_stops_it(files, tmp_path):
@@ -359,7 +411,8 @@ ASK = """
 import json, sys, threading
 from pathlib import Path
 from eagle_offline.cache.local_cache import ShardCache
-from eagle_offline.cache.remote import RemoteCache, digest_shard
+from eagle_offline.cache.formats import digest_shard
+from eagle_offline.cache.remote import RemoteCache
 url, directory, max_bytes, shards = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 cache = ShardCache(RemoteCache(url), directory, max_bytes)
 print("ready", flush=True)
@@ -369,7 +422,7 @@ def ask(first):
     for turn in range(len(shards)):
         shard = shards[(first + turn) % len(shards)]
         with cache.held(*shard) as path:
-            if digest_shard(path) != shard[2]:
+            if digest_shard(path)[0] != shard[2]:
                 wrong.append(shard)
 threads = [threading.Thread(target=ask, args=(first,)) for first in range(4)]
 [thread.start() for thread in threads]
@@ -440,13 +493,15 @@ def test_a_process_killed_while_fetching_leaves_nothing_behind(tmp_path, monkeyp
     with ShardCache(shelf.remote, tmp_path / "local", 2 * shelf.size) as cache:
         assert not list((tmp_path / "local").rglob(".*partial*"))
         for number in (1, 2, 0):  # its lock and its reservation are gone
-            assert digest_shard(cache.path(*shelf.shards[number])) == shelf.shards[number].digest
+            assert digest_shard(cache.path(*shelf.shards[number]))[0] == shelf.shards[number].digest
         assert shelf.here(cache) == [0, 2]
 
 
 def test_what_another_process_fetched_ahead_is_left_to_it(files, tmp_path, monkeypatch):
     mine = ShardCache(files.remote, tmp_path / "local", 3 * files.size)
     alive = [True]
+    alone = pytest.MonkeyPatch()
+    alone.setattr(ShardCache, "_sharing", lambda cache: [cache])  # as in a process of its own
     monkeypatch.setattr(local_cache, "is_alive", lambda process: alive[0])
     with ShardCache(files.remote, tmp_path / "local", 3 * files.size) as other, mine:
         monkeypatch.setattr(local_cache.os, "getpid", lambda: 77)
@@ -460,6 +515,7 @@ def test_what_another_process_fetched_ahead_is_left_to_it(files, tmp_path, monke
         stays(lambda: files.here(mine) == [0, 1, 3])
         alive[0] = False
         wait_until(lambda: files.here(mine) == [3, 4, 5])
+    alone.undo()
 
 
 def test_an_error_of_the_store_is_one_line_and_the_next_attempt_may_succeed(files, tmp_path, monkeypatch):

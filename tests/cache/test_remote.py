@@ -18,8 +18,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from eagle_offline import open_cache
 from eagle_offline.cache import remote as remote_module
+from eagle_offline.cache.formats import digest_shard
 from eagle_offline.cache.layout import record_file
-from eagle_offline.cache.remote import Mirror, RemoteCache, digest_shard, is_url
+from eagle_offline.cache.remote import Mirror, RemoteCache, is_url
 from eagle_offline.cache.writer import committed_shards
 from eagle_offline.errors import DataError, EagleOfflineError, MismatchError, SpaceError, UsageError
 from tests import builders
@@ -329,7 +330,7 @@ def run_python(code: str, *arguments: object, environment: dict[str, str] | None
     )
 
 
-def kill_and_reconcile(url: str, tmp_path: Path, moment: str, *, shard_lost: bool) -> None:
+def kill_and_take_up(url: str, tmp_path: Path, moment: str, *, shard_lost: bool) -> None:
     here = tmp_path / "here"
     records = write_cache_by_hand(here, 2, "zarr")
     whole = files_of(here)
@@ -343,12 +344,15 @@ def kill_and_reconcile(url: str, tmp_path: Path, moment: str, *, shard_lost: boo
     assert (record_file(1) in mirror.remote.names()) == committed
     if shard_lost:
         shutil.rmtree(here / records[1].file)
-    pushed = Mirror(RemoteCache(url), here).reconcile()
-    assert pushed == ([] if committed or shard_lost else [1])
+    there = mirror.remote.names()
+    again = Mirror(RemoteCache(url), here)
+    again.take_up()
+    assert again.remote.names() == there  # nothing goes up yet
+    assert again.push_left() == ([] if committed or shard_lost else [1])
     if shard_lost and not committed:
         assert committed_shards(here) == [0]
         write_shard_by_hand(here, 1, "zarr", b"\1" * 1001)  # made again: the same bytes
-        assert Mirror(RemoteCache(url), here).reconcile() == [1]
+        assert Mirror(RemoteCache(url), here).push_left() == [1]
     mirror.pull()
     assert not list(here.glob("shard-*"))
     pull_all(url, tmp_path / "there")
@@ -357,13 +361,13 @@ def kill_and_reconcile(url: str, tmp_path: Path, moment: str, *, shard_lost: boo
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_while_pushing_and_resumed_the_cache_is_whole(s3_url, tmp_path, moment):
-    kill_and_reconcile(s3_url, tmp_path, moment, shard_lost=False)
+    kill_and_take_up(s3_url, tmp_path, moment, shard_lost=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_while_pushing_and_the_shard_lost_it_is_made_again(s3_url, tmp_path, moment):
-    kill_and_reconcile(s3_url, tmp_path, moment, shard_lost=True)
+    kill_and_take_up(s3_url, tmp_path, moment, shard_lost=True)
 
 
 def test_a_record_whose_shard_is_gone_or_damaged_goes_so_that_it_is_made_again(memory_url, tmp_path):
@@ -371,11 +375,22 @@ def test_a_record_whose_shard_is_gone_or_damaged_goes_so_that_it_is_made_again(m
     (tmp_path / records[0].file).unlink()
     (tmp_path / records[1].file).write_bytes(b"torn")
     mirror = Mirror(RemoteCache(memory_url), tmp_path)
-    assert mirror.reconcile() == [2]
+    mirror.push_manifest()
+    mirror.take_up()
     assert committed_shards(tmp_path) == [2]
+    assert mirror.push_left() == [2]
     names = mirror.remote.names()
     assert {name for name in names if name.startswith("commit")} == {record_file(2)}
-    assert "manifest.json" in names
+
+
+def test_what_was_begun_here_and_is_not_in_the_store_is_begun_again(memory_url, tmp_path):
+    write_cache_by_hand(tmp_path, 2)
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "tokens.arrow").write_bytes(b"tokens")
+    mirror = Mirror(RemoteCache(memory_url), tmp_path)
+    assert mirror.take_up() == {}
+    assert files_of(tmp_path) == {"tokens/tokens.arrow": b"tokens"}
+    assert mirror.remote.names() == {}
 
 
 def test_work_of_another_manifest_is_never_pushed_nor_lost(memory_url, tmp_path):
@@ -385,7 +400,7 @@ def test_work_of_another_manifest_is_never_pushed_nor_lost(memory_url, tmp_path)
     push_all(memory_url, tmp_path / "theirs")
     before = files_of(tmp_path / "ours")
     with pytest.raises(MismatchError, match="another manifest"):
-        Mirror(RemoteCache(memory_url), tmp_path / "ours").reconcile()
+        Mirror(RemoteCache(memory_url), tmp_path / "ours").take_up()
     assert files_of(tmp_path / "ours") == before
 
 
@@ -515,7 +530,7 @@ def test_a_download_that_was_cut_short_is_not_put_in_place(store, s3_url, tmp_pa
     mirror = push_all(s3_url, tmp_path / "here")
     store.meddle = cut_in_half("c.1.0.0", times=1)
     mirror.remote.fetch(records[0].file, tmp_path / "again")
-    assert digest_shard(tmp_path / "again") == records[0].digest
+    assert digest_shard(tmp_path / "again")[0] == records[0].digest
     store.meddle = cut_in_half("c.1.0.0", times=9)
     with pytest.raises(EagleOfflineError, match=r"did not finish \(500 bytes of .* came, expected 1000\)"):
         mirror.remote.fetch(records[0].file, tmp_path / "never")

@@ -18,6 +18,7 @@ import jsonschema
 import pytest
 
 from eagle_offline import open_cache
+from eagle_offline.cache import aside as setting_aside
 from eagle_offline.cache import repair as repairing
 from eagle_offline.cache.repair import repair_cache
 from eagle_offline.durable import ABANDONED_SECONDS, exclusive
@@ -312,7 +313,7 @@ STEPS = ["mkdir", "rename", "write_bytes", "drop_indexes", "write_config", "ensu
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: str, number: int) -> None:
     """End a repair before the given call of a step."""
-    place: Any = {"mkdir": Path, "rename": os}.get(step, repairing)
+    place: Any = {"mkdir": Path, "rename": os, "write_bytes": setting_aside}.get(step, repairing)
     original, calls = getattr(place, step), []
 
     def counted(*arguments: Any, **named: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from eagle_offline import open_cache
+from eagle_offline.cache import shard_check
 from eagle_offline.cache import verify as verifying
 from eagle_offline.cache.manifest import read_manifest
 from eagle_offline.cache.verify import check_cache, verify_cache
@@ -112,7 +113,7 @@ def test_samples_of_sound_shards_are_decoded_when_another_shard_is_broken(
     def decode(fields: Any, stored: Any) -> None:
         decoded.append(stored.sample_id)
 
-    monkeypatch.setattr(verifying, "decode_fields", decode)
+    monkeypatch.setattr(shard_check, "decode_fields", decode)
     assert check_cache(cache).num_samples == 8
     assert sorted(decoded) == list(range(2, 10))
 
@@ -282,6 +283,7 @@ def test_a_disk_that_gives_errors_is_a_problem_of_the_file_that_lies_there(
         return digest(path)
 
     monkeypatch.setattr(verifying, "digest_file", fail)
+    monkeypatch.setattr(shard_check, "digest_file", fail)
     said = found(indexed)
     assert set(said) == {"commit-000001.json", "head.safetensors"}
     assert all("Input/output error" in what for what in said.values())
@@ -291,7 +293,7 @@ def test_a_disk_that_gives_errors_is_a_problem_of_the_file_that_lies_there(
 def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A signal comes while the first sample is decoded; counts decoded samples."""
     decoded: list[int] = []
-    decode = verifying.decode_fields
+    decode = shard_check.decode_fields
 
     def signal_first(fields: Any, stored: Any) -> Any:
         decoded.append(stored.sample_id)
@@ -299,7 +301,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             os.kill(os.getpid(), signal.SIGTERM)
         return decode(fields, stored)
 
-    monkeypatch.setattr(verifying, "decode_fields", signal_first)
+    monkeypatch.setattr(shard_check, "decode_fields", signal_first)
     return decoded
 
 

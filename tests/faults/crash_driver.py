@@ -21,6 +21,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,11 +35,11 @@ class Accidents:
         self.count = 0
         self.log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def happens(self, when: str) -> bool:
+    def happens(self, number: int, when: str) -> bool:
         accident = self.request.get("accident")
         if accident is None or when != accident["when"]:
             return False
-        return self.count >= accident["event"] if accident.get("for_good") else self.count == accident["event"]
+        return number == accident["event"]
 
     def act(self) -> None:
         accident = self.request["accident"]
@@ -53,6 +54,10 @@ class Accidents:
             child = start(accident["other"])
             _, status = os.waitpid(child, 0)
             os.write(self.log, f"other {os.waitstatus_to_exitcode(status)}\n".encode())
+            # Another accident may follow, so many events later.
+            if "then" in accident:
+                later = accident["then"]
+                self.request["accident"] = {**later, "event": self.count + later["event"]}
         elif kind == "shell":
             subprocess.run(accident["command"], shell=True, check=True)
         else:
@@ -76,14 +81,16 @@ class Accidents:
             if not counts(at):
                 return original(*arguments, **named)
             self.count += 1
-            os.write(self.log, f"{called or name} {at}\n".encode())
-            if self.happens("before"):
+            number = self.count  # of this one: others may happen inside it
+            with suppress(OSError):  # where files may not grow, the log may not either
+                os.write(self.log, f"{called or name} {at}\n".encode())
+            if self.happens(number, "before"):
                 self.act()
-            if self.happens("half") and half is not None:
+            if self.happens(number, "half") and half is not None:
                 half(original, *arguments)
                 self.act()
             result = original(*arguments, **named)
-            if self.happens("after"):
+            if self.happens(number, "after"):
                 self.act()
             return result
 
@@ -93,6 +100,11 @@ class Accidents:
 def place(path: Any, *_: Any, **__: Any) -> str:
     """The file that an event is about."""
     return os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+
+
+def is_written_to_a_file(_: str) -> bool:
+    """Whether what calls the writer of an Arrow file writes to disk: the index is made in memory."""
+    return sys._getframe(2).f_globals["__name__"] != "eagle_offline.cache.index"
 
 
 def half_file(original: Callable[..., Any], path: pathlib.Path, content: bytes) -> None:
@@ -122,11 +134,9 @@ def watch(accidents: Accidents) -> None:
     accidents.wrap(shutil, "rmtree", place, half=half_tree, counts=lambda at: ".partial-" in at or "shard-" in at)
     accidents.wrap(pathlib.Path, "write_bytes", place, half=half_file)
     accidents.wrap(zarr_shards, "_write_durably", place, called="document", half=half_file)
-    accidents.wrap(
-        zarr_shards._ArrayWriter, "_put", lambda array, _: array._file.name, called="chunk", half=half_chunk
-    )
-    accidents.wrap(pa.RecordBatchFileWriter, "write_batch", lambda *_: "arrow")
-    accidents.wrap(pa.RecordBatchFileWriter, "close", lambda *_: "arrow")
+    accidents.wrap(zarr_shards._ArrayWriter, "_put", lambda array, _: array._file.name, called="chunk", half=half_chunk)
+    for name in ("write_batch", "close"):
+        accidents.wrap(pa.RecordBatchFileWriter, name, lambda *_: "arrow", counts=is_written_to_a_file)
 
 
 def make_other_bytes() -> None:
@@ -178,7 +188,10 @@ def start(request: dict[str, Any]) -> int:
 
 
 def warm_up() -> None:
-    """Import what a run imports, so that a child starts at once."""
+    """Import what a run imports: a child starts at once, and finds it as a user who may not read this Python."""
+    import encodings.unicode_escape  # noqa: F401
+    import html  # noqa: F401
+
     import datasets  # noqa: F401
     import torch
     import transformers.models.auto.modeling_auto
@@ -190,6 +203,7 @@ def warm_up() -> None:
     import eagle_offline.cache.repair
     import eagle_offline.cache.verify
     import eagle_offline.cache.zarr_shards
+    import eagle_offline.cli
     import eagle_offline.precompute.fill
     import eagle_offline.stages
     import eagle_offline.text.token_table

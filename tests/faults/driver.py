@@ -66,7 +66,11 @@ class Driver:
         self._process.stdin.flush()
         codes = json.loads(self._answer())
         return [
-            Run(code, Path(one["log"]).read_text().splitlines(), *(Path(one[k]).read_text() for k in ("stderr", "stdout")))
+            Run(
+                code,
+                Path(one["log"]).read_text().splitlines(),
+                *(Path(one[k]).read_text() for k in ("stderr", "stdout")),
+            )
             for code, one in zip(codes, requests, strict=True)
         ]
 
@@ -86,8 +90,8 @@ def request(argv: Sequence[str], accident: dict[str, Any] | None = None, **more:
     Args:
         argv: of `eagle-offline`.
         accident: names `event` (from 1), `when` and `kind`: `kill`, `terminate`, `stop` (until all other runs have
-            ended), `other` (which runs from start to end), `shell` (a `command`), or an error number's name;
-            `for_good` says that it happens from then on.
+            ended), `other` (which runs from start to end), `shell` (a `command`), or an error number's name. After
+            `other`, `then` is the next accident, its `event` counted from there.
         more: `user`, `umask`, `limits` (by name, such as NOFILE), `kill_after_seconds`, `other_bytes`.
     """
     folder = Path(tempfile.mkdtemp(dir=SCRATCH))

@@ -93,7 +93,7 @@ def test_killed_at_a_share_of_the_steps_of_zarr_then_resumed_gives_the_same_byte
     for name in random.Random(7).sample(of_shards, len(of_shards)):
         by_event.setdefault(name.split()[0] + name.split()[-1], []).append(name)
     # What is written of a shard, its directories, its documents, its chunks, in the middle of each, and its name.
-    chosen = ["renameafter", "renamebefore", "chunkhalf", "documenthalf", "mkdirafter", "fsyncafter"][:DEFAULT_SHARE]
+    chosen = ["replaceafter", "replacebefore", "chunkhalf", "documenthalf", "mkdirafter", "fsyncafter"][:DEFAULT_SHARE]
     for kind in chosen:
         kill_and_resume(driver, work, *found[by_event[kind][0]])
 
@@ -108,9 +108,9 @@ def test_killed_at_every_kind_of_step_of_zarr_then_resumed_gives_the_same_bytes(
 
 
 def test_the_steps_of_zarr_are_durable_in_order(driver: Driver, work: Work) -> None:
-    """Every file of a shard and every directory is durable before the shard has its name; the name before the record."""
+    """Files and directories of a shard are durable before the shard has its name; the name is before its record."""
     run = work.uninterrupted(driver)
-    renames = [n for n, event in enumerate(run.events) if event.startswith("rename ") and "shard-" in event]
+    renames = [n for n, event in enumerate(run.events) if event.startswith("replace ") and "shard-" in event]
     assert len(renames) == work.num_shards
     for number in renames:
         sibling = run.events[number].split(" ", 1)[1]

@@ -65,10 +65,10 @@ class Work:
         given = {"shard_size": self.shard_size, "batch_size": 2, "format": self.kind, **flags}
         return builders.precompute_arguments(directory, None, builders.shared_chat(self.count), **given)
 
-    def uninterrupted(self, driver: Driver) -> Run:
+    def uninterrupted(self, driver: Driver, **more: Any) -> Run:
         """The run that nothing happens to; made once."""
         if not hasattr(self, "_run"):
-            run = driver.run(self.arguments())
+            run = driver.run(self.arguments(), **more)
             assert run.code == 0, run.err
             shutil.move(self.place, self.reference)
             self._run = run

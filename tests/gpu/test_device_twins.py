@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 from eagle_offline.alignment import SlotBatch, doc_remaining, position_ids
 from eagle_offline.cache import codec
+from eagle_offline.cache.encodings import encoding_of
 from eagle_offline.cache.layout import FieldLayout
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
 from eagle_offline.objectives.ttt import unroll
@@ -91,3 +95,24 @@ def test_planes_merge_on_a_device_to_the_same_bits(device):
     stored = [memoryview(column) for column in codec.encode(field, values)]
     planes = [torch.tensor(plane).to(device) for plane in codec.unpack(field, stored, 256)]
     assert torch.equal(codec.merge(field, planes).cpu().view(torch.int16), values.view(torch.int16))
+
+
+LOSSY: dict[str, dict[str, Any]] = {
+    **{f"{bits} mantissa bits": {"encoding": "planes", "mantissa_bits": bits} for bits in range(1, 7)},
+    "fp8": {"encoding": "fp8"},
+    "topk": {"encoding": "topk", "top_k": 9},
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+@pytest.mark.parametrize("device", DEVICES)
+def test_lossy_states_merge_on_a_device_to_the_same_bits(device, kind):
+    """What travels are the stored bytes; the device and the CPU make the same values of them."""
+    field = FieldLayout(name="aux_1", width=203, dtype="bf16", rows="tokens", **LOSSY[kind])
+    values = torch.randn(64, 203, generator=torch.Generator().manual_seed(0)).abs() * torch.logspace(-9, 3, 203)
+    stored = [memoryview(column) for column in codec.encode(field, values.bfloat16())]
+    planes = codec.unpack(field, stored, 64)
+    expected = np.empty((64, field.row_bytes), np.uint8)
+    codec.merge_into(field, planes, expected)
+    found = encoding_of(field).merge(field, [torch.tensor(plane).to(device) for plane in planes])
+    assert np.array_equal(found.cpu().view(torch.uint8).numpy(), expected)
