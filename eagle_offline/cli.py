@@ -15,6 +15,7 @@ import click
 from pydantic import BaseModel
 
 from eagle_offline import __version__
+from eagle_offline.cache.layout import CONFIG_FILE, MANIFEST_FILE
 from eagle_offline.config import (
     CheckSettings,
     ConvertSettings,
@@ -96,7 +97,10 @@ def settings_command(group: click.Group, name: str, kind: type[BaseModel], examp
     def decorate(function: Callable[[Any], None]) -> click.Command:
         def callback(config: Path | None, **given: Any) -> None:
             values = {} if config is None else read_yaml(config)
-            values.update({key: value for key, value in given.items() if value not in (None, ())})
+            given = {key: value for key, value in given.items() if value not in (None, ())}
+            if config is not None:
+                _refuse_moved_config(config, values | given)
+            values.update(given)
             settings = build(kind, values, where=f"{name} ")
             function(settings)
 
@@ -110,6 +114,18 @@ def settings_command(group: click.Group, name: str, kind: type[BaseModel], examp
         return command
 
     return decorate
+
+
+def _refuse_moved_config(config: Path, values: dict[str, Any]) -> None:
+    """Refuse settings that stand in a cache and lead to another place: the cache was moved, and would be made there.
+
+    Raises:
+        UsageError: says so.
+    """
+    place = values.get("output_dir")
+    in_cache = config.name == CONFIG_FILE and (config.parent / MANIFEST_FILE).is_file()
+    if in_cache and place is not None and Path(str(place)).resolve() != config.parent.resolve():
+        raise UsageError(f"--config {config}: was made for {place}; add --output-dir {config.parent} to go on here")
 
 
 def _extra(info: Any) -> dict[str, Any]:

@@ -37,10 +37,8 @@ class Settings(BaseModel):
         """Refuse a URL where a file or directory is needed; as a path it would name a directory called ``s3:``."""
         field = cls.model_fields[info.field_name or ""]
         if field.annotation in (Path, Path | None, tuple[Path, ...]) and not _takes_urls(field):
-            extra: Any = field.json_schema_extra or {}
-            name = (info.field_name or "").upper() if extra.get("positional") else f"--{info.field_name}"
             for item in value if isinstance(value, list | tuple) else (value,):
-                require_path(name.replace("_", "-"), item)
+                require_path(_as_given(cls, info.field_name or ""), item)
         return value
 
 
@@ -70,6 +68,13 @@ def require_path(name: str, value: Any) -> None:
             f"{name} {value}: a file or directory of this machine is needed here, not a URL; copy from or to the store "
             "with its own tool, such as aws s3 sync"
         )
+
+
+def _as_given(kind: type[BaseModel], name: str) -> str:
+    """Return what a setting is called on the command line: ``--output-dir``, or ``CACHE`` for an argument."""
+    extra: Any = kind.model_fields[name].json_schema_extra if name in kind.model_fields else None
+    plain = name.replace("_", "-")
+    return plain.upper() if (extra or {}).get("positional") else f"--{plain}"
 
 
 def _takes_urls(field: Any) -> bool:
@@ -143,7 +148,7 @@ class PrecomputeSettings(TokenizeSettings):
         "planes", "planes: exact bf16, about 30% smaller; raw: values as they are; fp8: half of raw, lossy."
     )
     mantissa_bits: int | None = setting(
-        None, "Of planes: round bf16's 7 mantissa bits to this many, such as 5, 4 or 3; default exact.", ge=1, le=6
+        None, "Of planes: round bf16's 7 mantissa bits to this many, such as 5, 4 or 3; default 7, exact.", ge=1, le=7
     )
     target_encoding: Literal["factored", "dense", "topk"] = setting(
         "factored",
@@ -189,7 +194,7 @@ class ConvertSettings(Settings):
         None, "How states are stored, as for precompute; default as they are."
     )
     mantissa_bits: int | None = setting(
-        None, "Of planes: round to this many mantissa bits; default as they are, 7 is exact.", ge=1, le=7
+        None, "Planes rounded to this many mantissa bits; default as they are, 7 is exact.", ge=1, le=7
     )
     target_encoding: Literal["factored", "dense", "topk"] | None = setting(
         None, "factored to dense or topk, or dense to topk, which costs acceptance under sampling; default as it is."
@@ -200,7 +205,11 @@ class ConvertSettings(Settings):
     compressor: Literal["zstd", "blosc"] | None = setting(None, "Of zarr: what compresses its chunks; default zstd.")
     shard_size: int | None = setting(None, "Samples a shard; default as it is.", gt=0, lt=1 << 62)
     aux_layer_ids: tuple[int, ...] | None = setting(None, "Keep these of the cache's layers only.")
-    samples: str | None = setting(None, "Take FIRST:LAST of the samples in cache order, such as 0:1000; default all.")
+    samples: str | None = setting(
+        None,
+        "Take FIRST:LAST of the samples, such as 0:1000, counted from 0 through the shards in order and in each as its "
+        "file has them; default all.",
+    )
     process_index: int = setting(0, "This process's number among those that fill one cache.", ge=0)
     process_count: int = setting(1, "How many processes fill one cache.", gt=0)
     grace_seconds: float = setting(20.0, "After a first signal: finish the shard in hand if it fits this.", ge=0)
@@ -365,6 +374,13 @@ def build(kind: type[S], values: dict[str, Any], where: str = "") -> S:
     Raises:
         UsageError: unknown, missing or out of range, named as a flag.
     """
+    for name, value in values.items():
+        field = kind.model_fields.get(name)
+        # Python takes true for 1; whoever wrote it did not.
+        if isinstance(value, bool) and field is not None and "bool" not in str(field.annotation):
+            raise UsageError(
+                f"{where}{_as_given(kind, name)}: found {str(value).lower()}, expected a value; see --help"
+            )
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -376,7 +392,7 @@ def build(kind: type[S], values: dict[str, Any], where: str = "") -> S:
         elif problem["type"] == "extra_forbidden":
             close = difflib.get_close_matches(name, kind.model_fields, n=1)
             said = f"no such setting; did you mean {close[0]}?" if close else "no such setting"
-        raise UsageError(f"{where}--{name.replace('_', '-')}: {said}; see --help") from error
+        raise UsageError(f"{where}{_as_given(kind, name)}: {said}; see --help") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -32,6 +32,8 @@ def render_text(estimate: Estimate) -> str:
     if probe is not None:
         notes.append(f"Time is of one process on {estimate.device}; N processes (--process-count N) divide them.")
     going_on = [estimate.advice] if estimate.command is None else [estimate.advice, f"  {estimate.command}"]
+    if estimate.asked not in (None, estimate.command):
+        going_on = ["go on with what the flags say (→):", f"  {estimate.asked}", f"or {going_on[0]}", *going_on[1:]]
     lines = [*text_facts(facts), "", *text_table([head, *rows]), "", *notes, "", *going_on]
     return "\n".join(line.rstrip() for line in lines)
 

@@ -34,7 +34,7 @@ def render_text(description: dict[str, Any], *, colour: bool = False) -> str:
         text_facts([*_standing(inspection), *_origin(inspection)]),
         text_facts([*_contents(inspection), *_size_facts(inspection)]),
         text_table([("room on disk", "size", "share", "bytes a token"), *_size_rows(inspection)]),
-        text_table([("encoding", "stored as", "bits a value", "rms error", "lost"), *_field_rows(inspection)]),
+        text_table(_field_rows(inspection)),
         ["samples by length in tokens", *_bars(inspection)],
         _left_out(inspection),
     ]
@@ -184,8 +184,13 @@ def _size_rows(inspection: Inspection) -> list[Row]:
     ]
 
 
+def _error_of(inspection: Inspection) -> str:
+    """Return what the recorded errors are against: of a conversion, the values of the cache that it was made from."""
+    return "rms error" if inspection.manifest.identity.converted_from is None else "rms error of the last step"
+
+
 def _field_rows(inspection: Inspection) -> list[Row]:
-    rows: list[Row] = []
+    rows: list[Row] = [("encoding", "stored as", "bits a value", _error_of(inspection), "lost")]
     for field in inspection.fields:
         bits = "-" if field.bits_per_value is None else f"{field.bits_per_value:.2f}"
         error = "0" if field.exact else "not known"

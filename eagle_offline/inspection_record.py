@@ -96,6 +96,7 @@ class FieldFacts(Frozen):
         exact: every value comes back as the target computed it in ``dtype``.
         losses: what its values have lost, in order.
         relative_rms_error: ``sqrt(Σ (x̂ − x)² / Σ x²)`` of this cache's own encoding; None when exact or not recorded.
+            Of a conversion it is that of the last step, against the cache that it was made from.
     """
 
     name: str

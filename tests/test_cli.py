@@ -144,6 +144,7 @@ USAGE = {
     "unknown command": (["trian"], "trian"),
     "missing value": (["train", "--cache"], "--cache"),
     "missing argument": (["inspect-manifest"], "CACHE"),
+    "missing argument of settings": (["convert", "--output-dir", "o"], "convert CACHE: is required"),
     "no number": (["train", *REQUIRED, "--learning-rate", "fast"], "--learning-rate"),
     "below range": (["train", *REQUIRED, "--heldout-share", "-0.1"], "--heldout-share"),
     "above range": (["train", *REQUIRED, "--heldout-share", "1"], "--heldout-share"),

@@ -374,3 +374,31 @@ def test_rows_left_out_are_said_in_one_line_and_in_the_summary(tmp_path: Path) -
     assert len(said) == 1, ended.err
     assert "quarantine.jsonl" in said[0]
     assert sum(json.loads(ended.out)["rows_left_out"].values()) == 2
+
+
+def test_settings_of_a_cache_that_was_moved_are_refused_where_they_would_lead_back(tmp_path: Path) -> None:
+    cache = builders.make_cache(tmp_path / "cache")
+    moved = cache.rename(tmp_path / "moved")
+    next(moved.glob("commit-*")).unlink()
+    refused = builders.run_cli("precompute", "--config", moved / "config.json", "--resume")
+    assert refused.code == 2
+    assert f"add --output-dir {moved}" in refused.err
+    assert not cache.exists()
+    ended = builders.run_cli("precompute", "--config", moved / "config.json", "--output-dir", moved, "--resume")
+    assert ended.code == 0, ended.err
+    assert not open_cache(moved).missing_shards
+
+
+def test_a_cache_inside_a_cache_is_refused(tmp_path: Path) -> None:
+    cache = builders.make_cache(tmp_path / "cache")
+    refused = builders.precompute(cache / "another")
+    assert refused.code == 2
+    assert "lies inside the cache" in refused.err
+
+
+def test_a_switch_in_the_place_of_a_number_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "settings.yaml"
+    config.write_text("mantissa_bits: true\n")
+    refused = builders.run_cli(*builders.precompute_arguments(tmp_path / "cache", config=config))
+    assert refused.code == 2
+    assert "--mantissa-bits: found true" in refused.err

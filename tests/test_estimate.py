@@ -206,6 +206,65 @@ def test_the_command_is_one_that_precompute_takes(tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
 
 
+def test_the_command_names_the_store_and_the_disk_is_that_of_the_staging_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    url, looked_at = f"file://{tmp_path}/bucket/one", []
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: looked_at.append(place) or _Usage(10**12, 0, 10**12))
+    arguments = ("estimate", *store_arguments(url), "--no-probe", "--json")
+    ended = builders.run_cli(*arguments)
+    assert ended.code == 0, ended.err
+    told = json.loads(ended.out)
+    words = shlex.split(told["command"])
+    assert words[words.index("--output-dir") + 1] == url
+    assert not {"--store-url", "--staging-dir"} & set(words)
+    assert Path(told["directory"]).is_relative_to(tmp_path / "kept" / "eagle_offline" / "staging")
+    assert looked_at
+    assert all(Path(told["directory"]).is_relative_to(place) for place in looked_at)
+    assert not (tmp_path / "bucket").exists()
+    dry = builders.run_cli(*words[1:], "--dry-run")
+    assert dry.code == 0, dry.err
+    # A shard at a time, beside what is no shard.
+    assert all(choice["disk_bytes"] < choice["num_bytes"] for choice in told["choices"])
+    staged = json.loads(builders.run_cli(*arguments, "--staging-dir", tmp_path / "here").out)
+    assert staged["directory"] == str(tmp_path / "here")
+    assert f"--staging-dir {tmp_path / 'here'}" in staged["command"]
+
+
+def store_arguments(url: str) -> list[str]:
+    """The flags of an estimate whose cache goes to a store."""
+    # As a path it would lose a slash.
+    arguments = builders.precompute_arguments(Path("PLACE"), target(), builders.shared_chat(60), **flags())[1:]
+    return [url if argument == "PLACE" else str(argument) for argument in arguments]
+
+
+def test_what_was_asked_for_comes_first_and_the_smallest_exact_choice_after_it(no_weights: None) -> None:
+    asked = {"mantissa_bits": 4, "target_encoding": "topk", "top_k": 8, "format": "zarr"}
+    *_, first, own, other, suggested = run(None, "--no-probe", **asked).out.splitlines()
+    assert first == "go on with what the flags say (→):"
+    assert "--mantissa-bits 4 --target-encoding topk --top-k 8 --format zarr" in own
+    assert other.startswith("or go on with ")
+    assert other.endswith(", the smallest that loses nothing and fits:")
+    assert "--mantissa-bits" not in suggested
+    assert "--format zarr" in suggested
+
+
+def test_what_was_asked_for_is_told_once_where_it_is_the_smallest(no_weights: None) -> None:
+    exact = [choice for choice in estimate(None, "--no-probe")["choices"] if not choice["losses"]]
+    smallest = min(exact, key=lambda choice: choice["num_bytes"])
+    assert smallest["state_encoding"] == "planes"
+    asked = {"mantissa_bits": 7, "target_encoding": smallest["target_encoding"]}
+    told = estimate(None, "--no-probe", **asked)
+    assert told["asked"] == told["command"]
+    assert run(None, "--no-probe", **asked).out.count("eagle-offline precompute") == 1
+
+
+def test_what_does_not_fit_is_not_told_to_go_on_with(free_bytes: Callable[[int], None], no_weights: None) -> None:
+    free_bytes(600_000)
+    assert estimate(None, "--no-probe")["asked"] is None
+
+
 def test_the_smallest_exact_choice_that_fits_is_the_way_on(free_bytes: Callable[[int], None]) -> None:
     exact = [choice for choice in shared_estimate()["choices"] if not choice["losses"]]
     smallest = min(exact, key=lambda choice: choice["num_bytes"])
@@ -297,6 +356,7 @@ def test_memory_that_does_not_suffice_is_one_line(monkeypatch: pytest.MonkeyPatc
         ({"draft_vocab_size": 5000}, 2, "--draft-vocab-size 5000"),
         ({"aux_layer_ids": [9]}, 2, "--aux-layer-ids 9"),
         ({"dtype": "fp16"}, 2, "--state-encoding raw"),
+        ({"state_encoding": "raw", "mantissa_bits": 4}, 2, "--mantissa-bits 4"),
         ({"data": "nowhere.jsonl"}, 4, "nowhere.jsonl"),
         ({"device": "abacus"}, 2, "--device abacus"),
     ],

@@ -202,6 +202,7 @@ def test_identity_is_the_manifests(whole: Path) -> None:
     ):  # fmt: skip
         assert fact in shown, fact
     assert "converted from" not in shown
+    assert "rms error of the last step" not in shown
 
 
 def test_a_converted_cache_names_the_one_it_was_made_from(copy: Path) -> None:
@@ -212,6 +213,7 @@ def test_a_converted_cache_names_the_one_it_was_made_from(copy: Path) -> None:
     shown = page(copy)
     assert line(shown, "converted from") == f"{'ab' * 16}, 0:10"
     assert f"{'cd' * 16}, all samples" in shown
+    assert "rms error of the last step" in shown
 
 
 ENCODINGS: dict[str, dict[str, Any]] = {
@@ -537,13 +539,16 @@ def test_nothing_a_strangers_cache_says_reaches_the_terminal_unescaped(copy: Pat
 
 def test_sizes_that_no_disk_holds_are_bounded(copy: Path) -> None:
     huge = 10**400
-    edit_identity(copy, lambda manifest: manifest["identity"]["target"].update(num_layers=huge))
-    edit(copy / "manifest.json", lambda manifest: manifest["files"]["head.safetensors"].update(num_bytes=huge))
     edit(copy / "commit-000000.json", lambda r: r["column_bytes"].update(input_ids=huge, loss_mask=-huge))
     edit(copy / "commit-000001.json", lambda r: r.update(file_bytes=huge))
     edit(copy / "commit-000002.json", lambda r: r["samples"].update(vocab_mass=[1e308] * len(r["samples"]["row"])))
     inspected(copy, code=4)
     assert max(map(len, page(copy, code=4).splitlines())) < 1100
+    edit(copy / "manifest.json", lambda manifest: manifest["files"]["head.safetensors"].update(num_bytes=huge))
+    refused = builders.run_cli("inspect-manifest", copy)
+    assert refused.code == 4
+    assert "head.safetensors" in refused.err
+    assert len(refused.err) < 1000
 
 
 def test_long_lists_are_cut_on_the_page(copy: Path) -> None:

@@ -615,3 +615,16 @@ def test_committed_shards_of_a_staging_directory_are_those_of_the_store(memory, 
     assert json.loads(again.out)["shards_committed"] == 3, again.err
     assert committed_shards(tmp_path / "one" / "0-of-1") == [0, 1, 2]
     assert content(memory) == in_a_directory()
+
+
+def test_a_shard_that_is_gone_from_the_store_is_not_counted_as_made(tmp_path: Path) -> None:
+    url = f"file://{tmp_path / 'cache'}"
+    assert precompute(url, tmp_path / "staging").code == 0
+    shard = next((tmp_path / "cache").glob("shard-000001-*"))
+    shard.unlink()
+    refused = precompute(url, tmp_path / "staging", resume=True)
+    assert refused.code == 4, refused.err
+    assert shard.name in refused.err
+    (tmp_path / "cache" / "commit-000001.json").unlink()
+    assert precompute(url, tmp_path / "staging", resume=True).code == 0
+    assert shard.is_file()

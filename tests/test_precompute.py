@@ -80,8 +80,8 @@ DRIFTS: dict[str, tuple[dict[str, Any], Callable[[Path, Path], None] | None, str
     "config": ({}, lambda target, _: change_config(target), "target.checkpoint_digest", None),
     "template": ({}, lambda target, _: change_template(target), "text.template_digest", None),
     "tokenizer": ({}, lambda target, _: change_tokenizer(target), "text.tokenizer_digest", None),
-    "edited data": ({}, lambda _, chat: edit_row(chat), "dataset.sources", None),
-    "more data": ({}, lambda _, chat: add_row(chat), "dataset.sources", None),
+    "edited data": ({}, lambda _, chat: edit_row(chat), "dataset.sources.chat.jsonl.digest", None),
+    "more data": ({}, lambda _, chat: add_row(chat), "dataset.sources.chat.jsonl.digest", None),
 }
 
 

@@ -59,12 +59,16 @@ class FieldChange:
 def choice_of(settings: ConvertSettings, capture: CaptureIdentity) -> EncodingChoice:
     """Return how the result stores what it stores: as asked for, else as the source does.
 
+    Mantissa bits alone ask for planes.
+
     Raises:
         UsageError: choices that exclude one another, or what the source cannot give any more.
     """
     states, target = capture.fields[0], capture.fields[-1]
     dtype = settings.dtype or capture.dtype
-    state_encoding = settings.state_encoding or capture.state_encoding
+    # Mantissa bits are of planes: who asks for some asks for them.
+    as_they_are = capture.state_encoding if settings.mantissa_bits is None else "planes"
+    state_encoding = settings.state_encoding or as_they_are
     target_encoding = settings.target_encoding or capture.target_encoding
     format_ = settings.format or capture.format
     if state_encoding == "planes" and settings.dtype is None and dtype != "bf16":

@@ -32,7 +32,7 @@ class EncodingChoice:
     Attributes:
         dtype: of states and probabilities before they are encoded.
         state_encoding: of aux and final states, see `eagle_offline.cache.encodings`.
-        mantissa_bits: of ``planes``, None for exact.
+        mantissa_bits: of ``planes``, None for exact, which is what 7 becomes.
         target_encoding: what stands for the target's distribution.
         top_k: of ``topk``, None for the default.
         format, compressor: of the shards; a compressor for ``zarr`` only, None for the default.
@@ -59,6 +59,8 @@ class EncodingChoice:
             raise UsageError(f"--top-k {self.top_k} is for --target-encoding topk: leave it out")
         if self.compressor is not None and self.format != "zarr":
             raise UsageError(f"--compressor {self.compressor} is for --format zarr: leave it out")
+        if bits == EXACT_MANTISSA_BITS:
+            object.__setattr__(self, "mantissa_bits", None)
 
     @property
     def zarr_compressor(self) -> Compressor | None:

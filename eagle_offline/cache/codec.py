@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 from eagle_offline.cache import frames
 from eagle_offline.cache.encodings import Column, encoding_of
 from eagle_offline.cache.encodings import torch_dtype as dtype_named
-from eagle_offline.cache.layout import EXACT_MANTISSA_BITS, FieldLayout
+from eagle_offline.cache.layout import EXACT_MANTISSA_BITS, STORED_DTYPES, FieldLayout
 from eagle_offline.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,12 +52,27 @@ def estimated_row_bytes(field: FieldLayout, compressed_share: float = TYPICAL_CO
 
 def losses_of(field: FieldLayout) -> tuple[str, ...]:
     """Return what a field's values have lost beyond their dtype, in order; nothing for exact ones."""
+    bits = field.mantissa_bits
     own = {
-        "planes": f"{field.mantissa_bits} mantissa bits" if field.mantissa_bits < EXACT_MANTISSA_BITS else None,
+        "planes": f"{bits} mantissa bit{'s' if bits != 1 else ''}" if _rounds(field) else None,
         "fp8": "fp8",
         "topk": f"top {field.top_k}",
     }.get(field.encoding)
     return field.losses if own is None or own in field.losses[-1:] else (*field.losses, own)
+
+
+def _rounds(field: FieldLayout) -> bool:
+    """Whether a field of planes keeps fewer mantissa bits than its values come with.
+
+    Another dtype in between leaves them as few as they were; ``fp8`` does not, whose scale multiplies values.
+    """
+    fewest = EXACT_MANTISSA_BITS
+    for loss in field.losses:
+        if match := re.fullmatch(r"(\d+) mantissa bits?", loss):
+            fewest = min(fewest, int(match[1]))
+        elif loss not in STORED_DTYPES:
+            fewest = EXACT_MANTISSA_BITS
+    return field.mantissa_bits < fewest
 
 
 def encode(field: FieldLayout, values: torch.Tensor, *, framed: bool = True) -> list[bytes | memoryview]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagle_offline.cache.index import drop_indexes
 from eagle_offline.cache.layout import MANIFEST_FILE, CommitRecord, LostSample, repair_way_out
 from eagle_offline.cache.manifest import Identity, Manifest, read_manifest, refuse_drift, write_manifest
 from eagle_offline.cache.samples import EncodingErrors, StoredSample
@@ -50,6 +49,9 @@ def begun_cache(directory: Path, *, resume: bool, own_entries: Collection[str]) 
         if not resume:
             raise UsageError(f"{directory} already holds a cache: add --resume to go on with it")
         return read_manifest(directory)
+    around = next((parent for parent in directory.absolute().parents if (parent / MANIFEST_FILE).is_file()), None)
+    if around is not None:
+        raise UsageError(f"{directory} lies inside the cache {around}: choose another --output-dir")
     names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
     foreign = sorted(name for name in names if name not in own_entries and not _is_left_over(name))
     if foreign:
@@ -164,9 +166,6 @@ def fill_shards(
     Raises:
         StoppedEarly: asked to stop; committed shards stay. EagleOfflineError: see `eagle_offline.errors`.
     """
-    if work:
-        # Of shards that are made anew: an index may name files of the same number that are still there.
-        drop_indexes(directory)
     tracker = _Tracker(progress, stop, sum(item.estimated_bytes for item in work))
     for item in work:
         tracker.begin_shard(item.num_tokens)

@@ -33,6 +33,9 @@ from eagle_offline.durable import write_bytes
 from eagle_offline.errors import DataError, unreadable
 from eagle_offline.provenance import digest_bytes, plain_size
 
+# A sample takes 40 bytes; what is larger is not read, and the records are.
+_MAX_BYTES = 1 << 30
+
 _INDEX_NAME = re.compile(r"index-([0-9a-f]{32})\.arrow")
 
 # How a column of the sample table stands in arrays and in the file.
@@ -175,7 +178,8 @@ def _read(path: Path, identity_digest: str) -> SampleIndex | None:
     """Return an index that is whole and of this cache; what is derived is never an error: the records are there."""
     match = _INDEX_NAME.fullmatch(path.name)
     try:
-        plain_size(path)
+        if plain_size(path) > _MAX_BYTES:
+            return None
         # Not mapped: whoever cuts the file short would take the reader down.
         content = pa.py_buffer(path.read_bytes())
         if match is None or digest_bytes(content) != match[1]:

@@ -45,6 +45,12 @@ SEAL = "self_digest"
 # A stranger's key may be of any length.
 _MAX_PROBLEM = 500
 
+# How long the fields that differ, and a value among them, may be in a refusal.
+_MAX_DRIFT, _MAX_VALUE = 300, 100
+
+# Lists of the identity whose entries have names.
+_NAMED_LISTS = ("capture.fields", "dataset.sources")
+
 
 class TargetIdentity(Frozen):
     """The frozen target: hub id or directory name, resolved revision, digest of weights and config, and its shape."""
@@ -322,25 +328,63 @@ def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differing_fields(recorded: Identity, found: Identity) -> dict[str, tuple[Any, Any]]:
-    """Return each identity field that differs, with the recorded and the new value."""
+    """Return each identity field that differs, with the recorded and the new value; those of lists by name, last.
+
+    What differs alike in all entries of a list stands there once: ``capture.fields.*.mantissa_bits``. Of lists with
+    unlike entries it is their names that differ.
+    """
     before, after = _leaves(recorded.model_dump(mode="json")), _leaves(found.model_dump(mode="json"))
-    return {
-        name: (before.get(name), after.get(name))
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    }
+    names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    plain: dict[str, tuple[Any, Any]] = {}
+    listed: dict[str, tuple[Any, Any]] = {}
+    for name in names:
+        if name in _NAMED_LISTS:
+            listed |= _differing_entries(name, before[name], after[name])
+        else:
+            plain[name] = before.get(name), after.get(name)
+    return {**plain, **listed}
+
+
+def _differing_entries(
+    name: str, before: list[dict[str, Any]], after: list[dict[str, Any]]
+) -> dict[str, tuple[Any, Any]]:
+    """Return what differs between two lists of entries that have names."""
+    entries = [entry["name"] for entry in before]
+    if entries != (others := [entry["name"] for entry in after]):
+        return {name: (entries, others)}
+    differing: dict[str, tuple[Any, Any]] = {}
+    for key in before[0]:
+        values = [(one[key], two[key]) for one, two in zip(before, after, strict=True)]
+        if len(entries) > 1 and values[0][0] != values[0][1] and all(pair == values[0] for pair in values):
+            differing[f"{name}.*.{key}"] = values[0]
+        else:
+            pairs = zip(entries, values, strict=True)
+            differing |= {f"{name}.{entry}.{key}": pair for entry, pair in pairs if pair[0] != pair[1]}
+    return differing
 
 
 def refuse_drift(directory: Path, recorded: Identity, found: Identity) -> None:
     """Refuse to go on with a cache that was begun with other settings or inputs.
 
     Raises:
-        MismatchError: names every differing field, the recorded and the new value, and the way out.
+        MismatchError: names the differing fields, as many as fit a line, the recorded and the new value, and the way
+            out.
     """
-    differing = differing_fields(recorded, found)
-    if differing:
-        listed = "; ".join(f"{name}: recorded {old!r}, now {new!r}" for name, (old, new) in differing.items())
+    if differing := differing_fields(recorded, found):
         raise MismatchError(
-            f"{directory} was begun with other settings and is left as it is: {listed}. "
+            f"{directory} was begun with other settings and is left as it is: {_in_a_line(differing)}. "
             "Give the recorded settings again, or choose another --output-dir"
         )
+
+
+def _in_a_line(differing: dict[str, tuple[Any, Any]]) -> str:
+    """Return differing fields up to a length, one at least, and how many more there are."""
+    said = [
+        f"{name}: recorded {one_line(repr(old), _MAX_VALUE)}, now {one_line(repr(new), _MAX_VALUE)}"
+        for name, (old, new) in differing.items()
+    ]
+    count = 1
+    while count < len(said) and len("; ".join(said[: count + 1])) <= _MAX_DRIFT:
+        count += 1
+    more = len(said) - count
+    return "; ".join(said[:count]) + (f"; and {more} more" if more else "")

@@ -8,11 +8,18 @@ from pathlib import Path
 
 from eagle_offline.cache.filling import ensure_manifest
 from eagle_offline.cache.index import index_names
-from eagle_offline.cache.layout import CONFIG_FILE, MANIFEST_FILE, STATUS_FILE, TOKENS_DIRECTORY, CommitRecord
+from eagle_offline.cache.layout import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    STATUS_FILE,
+    TOKENS_DIRECTORY,
+    CommitRecord,
+    record_file,
+)
 from eagle_offline.cache.manifest import Identity, Manifest, read_manifest
 from eagle_offline.cache.remote import Mirror, RemoteCache
 from eagle_offline.cache.saved_settings import config_bytes, saved_settings
-from eagle_offline.cache.writer import committed_shards, ensure_index
+from eagle_offline.cache.writer import committed_shards, ensure_index, read_record
 from eagle_offline.errors import DataError, EagleOfflineError, MismatchError, UsageError
 
 
@@ -51,6 +58,13 @@ class Publisher:
             return
         with self.in_its_name():
             manifest = read_manifest(self._directory)
+            records = [read_record(self._directory, shard) for shard in committed_shards(self._directory)]
+        for record in records:
+            if record.file not in listed and not (self._directory / record.file).exists():
+                raise DataError(
+                    f"{self._remote.url}: {record.file} is missing; delete {record_file(record.shard)} there "
+                    "and run again with --resume to make the shard again"
+                )
         for name, file in manifest.files.items():
             if name.startswith(f"{TOKENS_DIRECTORY}/") and self._remote.entry(name) is not None:
                 self._mirror.ensure(name, file.num_bytes)

@@ -248,6 +248,8 @@ class _Check:
         expected = saved_settings(self.path, self.manifest)
         if expected is None:
             return [], []
+        if CONFIG_FILE not in self._names:
+            return [Problem(CONFIG_FILE, "missing", f"eagle-offline repair {self.path} writes it again")], []
         try:
             found = read_json_object(self.path / CONFIG_FILE, MAX_CONFIG_BYTES)
             content = (self.path / CONFIG_FILE).read_bytes()

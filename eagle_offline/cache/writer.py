@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from eagle_offline.cache.formats import ShardWriter, digest_shard, shard_writer
-from eagle_offline.cache.index import index_of, read_index, write_index
+from eagle_offline.cache.index import drop_indexes, index_of, read_index, write_index
 from eagle_offline.cache.layout import (
     FORMAT_NAME,
     FORMAT_VERSION,
@@ -144,6 +144,9 @@ def write_shard(
         environment=environment,
     )
     content = json.dumps(sealed(record.model_dump(mode="json")), separators=(",", ":"), ensure_ascii=False)
+    # Before there is another record: an index may name a file of the same number that is still there.
+    with explained_os_errors(directory):
+        drop_indexes(directory)
     if create_exclusively(directory / record_file(shard), content.encode()):
         return record
     standing = read_record(directory, shard)

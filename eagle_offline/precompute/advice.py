@@ -15,6 +15,7 @@ def advise(
     settings: EstimateSettings, costs: Sequence[Cost], fixed: int, room: int, directory: Path
 ) -> tuple[str | None, str]:
     """Return how to go on, and why so."""
+    elsewhere = "--output-dir" if settings.store_url is None else "--staging-dir"
     fitting = [cost for cost in costs if cost.fits]
     exact = [cost for cost in fitting if not cost.losses]
     if exact:
@@ -22,18 +23,25 @@ def advise(
         return _command(settings, best), f"go on with {best.name}, the smallest that loses nothing and fits:"
     if fitting:
         best = fitting[0]
-        exact_bytes = min(cost.num_bytes for cost in costs if not cost.losses)
+        exact_bytes = min(cost.disk_bytes for cost in costs if not cost.losses)
         return _command(settings, best), (
             f"nothing exact fits: {size(exact_bytes)} needed, {size(room)} free at {directory}; free some space, "
-            f"choose another --output-dir, or accept a loss ({', '.join(best.losses)}):"
+            f"choose another {elsewhere}, or accept a loss ({', '.join(best.losses)}):"
         )
     smallest = min(costs, key=lambda cost: cost.num_bytes)
     share = max(0, int(100 * (room - fixed) / max(smallest.epoch_bytes, 1)))
     fewer = f"take fewer conversations (--split: about {share}% of them fit), " if share else ""
+    if settings.store_url is not None:
+        fewer = "make smaller shards (--shard-size), "
     return None, (
-        f"nothing fits: the smallest, {smallest.name}, needs {size(smallest.num_bytes)}, {size(room)} free at "
-        f"{directory}; free some space, choose another --output-dir, {fewer}or store fewer --aux-layer-ids"
+        f"nothing fits: the smallest, {smallest.name}, needs {size(smallest.disk_bytes)}, {size(room)} free at "
+        f"{directory}; free some space, choose another {elsewhere}, {fewer}or store fewer --aux-layer-ids"
     )
+
+
+def command_as_asked(settings: EstimateSettings, costs: Sequence[Cost]) -> str | None:
+    """Return the command line that goes on with what the settings say, None where it does not fit."""
+    return next((_command(settings, cost) for cost in costs if cost.chosen and cost.fits), None)
 
 
 def _command(settings: EstimateSettings, cost: Cost) -> str:
@@ -43,7 +51,9 @@ def _command(settings: EstimateSettings, cost: Cost) -> str:
         "mantissa_bits": cost.mantissa_bits,
         "target_encoding": cost.target_encoding,
         "top_k": settings.top_k if cost.target_encoding == "topk" else None,
-        "output_dir": settings.output_dir or "C",
+        "output_dir": settings.store_url or settings.output_dir or "C",
+        # It follows from --output-dir and is no flag.
+        "store_url": None,
         "resume": True,
         "dry_run": False,
     }

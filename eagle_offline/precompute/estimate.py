@@ -30,7 +30,7 @@ from eagle_offline.cache.layout import (
 from eagle_offline.config import EstimateSettings, PrecomputeSettings
 from eagle_offline.devices import resolve_device
 from eagle_offline.interrupts import StopRequest
-from eagle_offline.precompute.advice import advise
+from eagle_offline.precompute.advice import advise, command_as_asked
 from eagle_offline.precompute.estimate_record import Corpus, Cost, Estimate
 from eagle_offline.precompute.fill import target_files
 from eagle_offline.precompute.plan import aux_layer_ids, draft_vocab, encoding_choice, resolve_config
@@ -70,7 +70,7 @@ def estimate_cache(
     Args:
         settings: as for precompute, which it is.
         table, tokenizer: the corpus.
-        directory: where the cache would go; the disk below it is looked at.
+        directory: where the cache would go, if not to an object store; the disk below it is looked at.
         stop: is watched between batches.
 
     Raises:
@@ -82,7 +82,12 @@ def estimate_cache(
     ids = aux_layer_ids(settings, text_config.num_hidden_layers)
     layouts = {choice: choice.fields(ids, text_config.hidden_size, vocab.size) for choice in choices(settings)}
     corpus = _count(table)
-    room = shutil.disk_usage(directory).free
+    if settings.store_url is not None:
+        # Shards are made there before they go up.
+        assert settings.output_dir is not None
+        directory = settings.output_dir.absolute()
+    disk = next(place for place in (directory, *directory.parents) if place.is_dir())
+    room = shutil.disk_usage(disk).free
     # What stands there already, tokens and shards that were begun, is part of what is needed.
     if settings.output_dir is not None:
         room += sum(path.stat().st_size for path in settings.output_dir.rglob("*") if path.is_file())
@@ -90,9 +95,10 @@ def estimate_cache(
     found = None
     if settings.probe:
         every = {layout for fields in layouts.values() for layout in fields}
-        found = probe_target(settings, table, vocab, source, ids, every, directory, device, stop)
+        found = probe_target(settings, table, vocab, source, ids, every, disk, device, stop)
     fixed = _fixed_bytes(settings, table, source, config, vocab)
     costs = [_cost(settings, choice, fields, corpus, fixed, room, found) for choice, fields in layouts.items()]
+    asked = command_as_asked(settings, costs)
     command, advice = advise(settings, costs, fixed, room, directory)
     return Estimate(
         target=settings.target_model,
@@ -106,6 +112,7 @@ def estimate_cache(
         free_bytes=room,
         fixed_bytes=fixed,
         choices=costs,
+        asked=asked,
         command=command,
         advice=advice,
     )
@@ -184,6 +191,9 @@ def _cost(
     shard_bytes = sum(rows[layout.rows] * row_bytes(layout) for layout in fields)
     shard_bytes += corpus.num_tokens * _TOKEN_BYTES + corpus.num_target_positions * _POSITION_BYTES
     shard_bytes = int(shard_bytes + _wrapping_bytes(settings, fields, corpus, shard_bytes))
+    # What goes up to a store is dropped here, shard after shard.
+    at_once = 1.0 if settings.store_url is None else min(1.0, settings.shard_size / max(corpus.num_samples, 1))
+    held = math.ceil(shard_bytes * at_once)
     states = [layout for layout in fields if layout.name != TARGET_PROBS]
     targets = [layout for layout in fields if layout.name == TARGET_PROBS]
     hours = None
@@ -200,13 +210,14 @@ def _cost(
         chosen=choice == encoding_choice(settings),
         num_bytes=shard_bytes + fixed,
         epoch_bytes=shard_bytes,
+        disk_bytes=held + fixed,
         bytes_per_token=shard_bytes / max(corpus.num_tokens, 1),
         losses=list(dict.fromkeys(loss for layout in fields for loss in codec.losses_of(layout))),
         state_error=None if found is None else found.error(states),
         target_error=None if found is None else found.error(targets),
         compressed_share=_compressed_share(fields, rows, row_bytes),
         hours=hours,
-        fits=shard_bytes + fixed <= room,
+        fits=held + fixed <= room,
     )
 
 

@@ -43,6 +43,7 @@ class Cost(Frozen):
         state_encoding, mantissa_bits, target_encoding, top_k: the choice, as settings of precompute.
         chosen: it is the settings' own.
         num_bytes: of the whole cache; epoch_bytes: of it, what an epoch of training reads: the shards.
+        disk_bytes: of the whole, what the disk has to hold at once: of what goes up to a store a shard only.
         bytes_per_token: of the shards.
         losses: of any column beyond its dtype; empty for an exact choice.
         state_error: root of ``Σ (x̂ − x)² / Σ x²`` over states, None without a probe; target_error: of probabilities.
@@ -58,6 +59,7 @@ class Cost(Frozen):
     chosen: bool
     num_bytes: int
     epoch_bytes: int
+    disk_bytes: int
     bytes_per_token: float
     losses: list[str]
     state_error: float | None
@@ -69,7 +71,8 @@ class Cost(Frozen):
     @property
     def name(self) -> str:
         """Return the choice in words."""
-        bits = "" if self.mantissa_bits is None else f" {self.mantissa_bits} bits"
+        plural = "s" if self.mantissa_bits != 1 else ""
+        bits = "" if self.mantissa_bits is None else f" {self.mantissa_bits} bit{plural}"
         top = "" if self.top_k is None else f" {self.top_k}"
         return f"{self.state_encoding}{bits} + {self.target_encoding}{top}"
 
@@ -84,6 +87,7 @@ class Estimate(Frozen):
         directory, free_bytes: where the cache would go, and what it may take there.
         fixed_bytes: of every choice: head, embeddings, tokens and the like.
         choices: from what loses nothing to what loses most.
+        asked: how to go on with what the settings say; None where it does not fit.
         command: how to go on with the smallest exact choice that fits, else the best one that does; None for none.
         advice: why that one, or the way out.
     """
@@ -99,5 +103,6 @@ class Estimate(Frozen):
     free_bytes: int
     fixed_bytes: int
     choices: list[Cost] = Field(min_length=1)
+    asked: str | None
     command: str | None
     advice: str

@@ -100,13 +100,17 @@ def open_corpus(settings: TrainSettings) -> Corpus:
 
     Raises:
         DataError: nothing to train or to validate on. MismatchError: caches that are not of one target.
-        UsageError: weights that fit no caches.
+        UsageError: weights that fit no caches, or samples that stand in two of the caches.
     """
     weights = _weights(settings)
     opened = [_open(settings, path, allow_partial=settings.allow_partial) for path in settings.cache]
-    _refuse_repeated(
-        opened, "--cache {path} holds what {other} does; to see its samples more often, use --cache-weights"
-    )
+    for number, cache in enumerate(opened):
+        _refuse_repeated(
+            opened[:number],
+            cache,
+            "--cache {path} holds {count} of the samples of {other}: give one of the two, or slices that share none "
+            "(eagle-offline convert --samples); to see samples more often, use --cache-weights",
+        )
     samples = CacheMixture(opened)
     everything = [samples.indices_of(number) for number in range(len(opened))]
     names = ", ".join(str(path) for path in settings.cache)
@@ -116,10 +120,15 @@ def open_corpus(settings: TrainSettings) -> Corpus:
         corpus = Corpus(samples, samples, kept, np.flatnonzero(held), weights)
     else:
         other = _open(settings, settings.heldout_cache)
+        _refuse_repeated(
+            opened,
+            other,
+            "--heldout-cache {path} holds {count} of the samples of {other}, which are trained on: give another, or "
+            "slices that share none (eagle-offline convert --samples)",
+        )
         # Final states give the distribution over any vocabulary, also over that of probabilities that are trained on.
         factored = other.manifest.identity.capture.target_encoding == "factored"
         (check_same_states if factored else check_alike)(samples.caches[0], other)
-        _refuse_repeated([*opened, other], "--heldout-cache {path} holds what is trained on; give another")
         corpus = Corpus(samples, CacheMixture([other]), tuple(everything), np.arange(len(other)), weights)
     if not sum(len(indices) for indices in corpus.train_samples):
         raise DataError(f"{names}: no samples to train on")
@@ -154,9 +163,11 @@ def _weights(settings: TrainSettings) -> tuple[float, ...]:
     return settings.cache_weights
 
 
-def _refuse_repeated(caches: Sequence[Cache], said: str) -> None:
-    seen: dict[str, Cache] = {}
+def _refuse_repeated(caches: Sequence[Cache], again: Cache, said: str) -> None:
+    """Refuse a cache of samples that others hold, however each of them is stored."""
     for cache in caches:
-        other = seen.setdefault(cache.manifest.identity.digest, cache)
-        if other is not cache:
-            raise UsageError(said.format(path=cache.name, other=other.name))
+        one, two = (held.manifest.identity.dataset.rows_digest for held in (cache, again))
+        # Sample ids are rows of the token table: of equal tables they say which samples are the same.
+        count = len(np.intersect1d(cache.sample_ids, again.sample_ids)) if one == two else 0
+        if count:
+            raise UsageError(said.format(path=again.name, other=cache.name, count=count))

@@ -68,10 +68,11 @@ def choose_vocabulary(caches: Sequence[Cache], draft_vocab_size: int | None, dra
         return _recorded(caches)
     flag = f"{_SIZE_FLAG} {draft_vocab_size}" if draft_vocab is None else f"{_FILE_FLAG} {draft_vocab}"
     for cache in caches:
-        if cache.manifest.identity.capture.target_encoding != "factored":
+        encoding = cache.manifest.identity.capture.target_encoding
+        if encoding != "factored":
             raise UsageError(
                 f"{flag}: {cache.path} holds probabilities over the draft vocabulary it was made with "
-                "(--target-encoding dense); leave the flag out, or precompute with --target-encoding factored"
+                f"(--target-encoding {encoding}); leave the flag out, or precompute with --target-encoding factored"
             )
     vocab_size = caches[0].manifest.identity.target.vocab_size
     if draft_vocab is None:

@@ -18,8 +18,9 @@ import torch
 from eagle_offline import open_cache
 from eagle_offline.cache import arrow, filling
 from eagle_offline.cache.changes import SampleConverter
+from eagle_offline.cache.codec import losses_of
 from eagle_offline.cache.layout import LAST_HIDDEN_STATE, FieldLayout
-from eagle_offline.cache.manifest import read_manifest
+from eagle_offline.cache.manifest import differing_fields, read_manifest
 from eagle_offline.cache.reader import Cache, Sample
 from tests import builders
 from tests.faults.driver import Driver, request
@@ -428,6 +429,22 @@ def test_a_conversion_of_a_conversion_says_where_it_comes_from(tmp_path: Path) -
     assert list(open_cache(second).sample_ids) == list(open_cache(source()).sample_ids[1:5])
     third = convert(second, tmp_path / "third", state_encoding="raw", dtype="fp32")
     assert set(losses(third).values()) == {("fp8", "3 mantissa bits")}
+    fourth = convert(second, tmp_path / "fourth", mantissa_bits=5)
+    assert {losses_of(field) for field in layouts(fourth).values()} == {("fp8", "3 mantissa bits")}
+
+
+@pytest.mark.parametrize("kind", ["fp8", "topk", "dense", "planes 4"])
+def test_mantissa_bits_alone_ask_for_planes(kind: str, tmp_path: Path) -> None:
+    alone = layouts(convert(source(kind), tmp_path / "alone", mantissa_bits=3))
+    assert alone == layouts(convert(source(kind), tmp_path / "said", state_encoding="planes", mantissa_bits=3))
+    assert alone["aux_1"].encoding == "planes"
+    assert alone["aux_1"].mantissa_bits == 3
+
+
+def test_mantissa_bits_of_what_is_not_bf16_say_how_to_get_there(tmp_path: Path) -> None:
+    assert "--dtype bf16" in refusal(2, source("raw fp32"), tmp_path / "out", mantissa_bits=3)
+    rounded = layouts(convert(source("raw fp32"), tmp_path / "bf16", mantissa_bits=3, dtype="bf16"))
+    assert rounded["aux_1"].mantissa_bits == 3
 
 
 @pytest.fixture(scope="module")
@@ -500,6 +517,17 @@ def test_other_settings_and_another_source_are_refused_by_name_before_a_byte_cha
     assert "--resume" in refusal(2, source(), result, state_encoding="fp8")
     assert builders.tree(result, without=()) == before
     convert(source(), result, resume=True, state_encoding="fp8")
+
+
+def test_a_property_that_differs_in_all_fields_is_named_once(tmp_path: Path) -> None:
+    result = convert(source(), tmp_path / "result", verify=False, mantissa_bits=4)
+    said = refusal(3, source(), result, resume=True, mantissa_bits=3).replace(str(result), "")
+    assert "capture.fields.*.mantissa_bits: recorded 4, now 3. Give" in said
+    said = refusal(3, source(), result, resume=True, target_encoding="dense").replace(str(result), "")
+    assert len(said) <= 450
+    assert "capture.target_encoding: recorded 'factored', now 'dense'" in said
+    other = differing_fields(*(read_manifest(place).identity for place in (source(), result)))
+    assert other["capture.fields.*.mantissa_bits"] == (7, 4)
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:

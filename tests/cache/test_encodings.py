@@ -299,6 +299,28 @@ def test_what_is_lossy_says_so():
     assert "5" in codec.losses_of(layout(8, "topk", top_k=5))[-1]
     assert codec.losses_of(layout(8, "raw", losses=("fp8",))) == ("fp8",)
     assert codec.losses_of(layout(8, "planes", mantissa_bits=2, losses=("fp8",)))[0] == "fp8"
+    assert codec.losses_of(layout(8, "planes", mantissa_bits=1)) == ("1 mantissa bit",)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "is_further"),
+    [
+        (("3 mantissa bits",), False),
+        (("5 mantissa bits",), False),
+        (("3 mantissa bits", "fp16"), False),
+        (("3 mantissa bits", "6 mantissa bits"), False),
+        (("6 mantissa bits",), True),
+        (("3 mantissa bits", "fp8"), True),
+        (("bf16",), True),
+    ],
+)
+def test_rounding_what_was_rounded_as_far_is_no_further_loss(earlier, is_further):
+    rounded = codec.losses_of(layout(8, "planes", mantissa_bits=5, losses=earlier))
+    assert rounded == ((*earlier, "5 mantissa bits") if is_further else earlier)
+
+
+def test_all_mantissa_bits_are_an_exact_choice():
+    assert EncodingChoice(mantissa_bits=7) == EncodingChoice()
 
 
 # --- planes ----------------------------------------------------------------------------------------------------------

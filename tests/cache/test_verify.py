@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from eagle_offline import open_cache
-from eagle_offline.cache import shard_check
+from eagle_offline.cache import formats, shard_check
 from eagle_offline.cache import verify as verifying
 from eagle_offline.cache.manifest import read_manifest
 from eagle_offline.cache.verify import check_cache, verify_cache
@@ -283,7 +283,7 @@ def test_a_disk_that_gives_errors_is_a_problem_of_the_file_that_lies_there(
         return digest(path)
 
     monkeypatch.setattr(verifying, "digest_file", fail)
-    monkeypatch.setattr(shard_check, "digest_file", fail)
+    monkeypatch.setattr(formats, "digest_file", fail)
     said = found(indexed)
     assert set(said) == {"commit-000001.json", "head.safetensors"}
     assert all("Input/output error" in what for what in said.values())

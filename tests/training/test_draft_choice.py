@@ -204,6 +204,11 @@ def test_stored_probabilities_are_over_the_vocabulary_they_were_made_with(tmp_pa
     for size, file in ((12, None), (None, tmp_path / "ids"), (None, shared_cache())):
         with pytest.raises(UsageError, match=r"--draft-vocab.*dense.*leave the flag out, or precompute with --target"):
             choose(size, file, dense)
+    topk = make_cache(
+        tmp_path / "topk", data=shared_chat(4), target_encoding="topk", top_k=8, draft_vocab_size=DRAFT_VOCAB_SIZE
+    )
+    with pytest.raises(UsageError, match=r"\(--target-encoding topk\); leave the flag out"):
+        choose(12, None, topk)
 
 
 def test_digests_are_left_to_training(tmp_path, monkeypatch):

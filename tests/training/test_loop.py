@@ -178,18 +178,19 @@ def test_a_held_out_cache_of_another_target_is_refused(tmp_path):
 
 def test_a_held_out_cache_of_probabilities_is_refused_where_states_are_trained_on(tmp_path):
     with pytest.raises(MismatchError, match="target encoding"):
-        train(settings(tmp_path / "run", heldout_cache=shared_cache("dense")))
+        train(settings(tmp_path / "run", heldout_cache=shared_cache("dense", seed=1)))
 
 
 def test_probabilities_are_validated_on_held_out_states_as_on_held_out_probabilities(tmp_path):
     """Vocabularies are chosen by corpus, so that a held-out cache of probabilities seldom fits."""
-    probabilities = shared_cache("dense", "fp32")
+    probabilities, trained = shared_cache("dense", "fp32"), tmp_path / "trained"
+    run_cli("convert", probabilities, "--output-dir", trained, "--samples", "9:24")
     caches = {"dense": probabilities, "factored": shared_cache("factored", "fp32")}
     found = {}
     for kind, heldout in caches.items():
         other = tmp_path / kind
         run_cli("convert", heldout, "--output-dir", other, "--samples", "0:9")
-        trainer = trainer_of(settings(tmp_path / f"run-{kind}", cache=probabilities, heldout_cache=other))
+        trainer = trainer_of(settings(tmp_path / f"run-{kind}", cache=trained, heldout_cache=other))
         found[kind] = trainer.validate().totals.losses
     assert torch.allclose(found["dense"], found["factored"], rtol=1e-5)
     assert found["dense"].sum() > 0

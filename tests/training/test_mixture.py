@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -200,8 +201,29 @@ def test_caches_that_are_not_alike_are_refused_by_field(field, changes, tmp_path
     assert ended.code == 3, ended.err
     errors = [line for line in ended.errors if line.startswith("error: ")]
     assert len(errors) == 1
-    assert f"its {field} is " in errors[0]
+    assert f"its {field} {'are' if field == 'aux layers' else 'is'} " in errors[0]
     assert str(other) in errors[0]
+    way_out = errors[0].split("; ", 1)[1]
+    if field == "target":
+        assert way_out.startswith("no conversion changes that")
+        return
+    caches = {str(path): path for path in (shared_cache(), other)}
+    words = r"make them alike: eagle-offline convert (each of them with|\S+) (--output-dir DIR )?(.+)"
+    told = re.fullmatch(words, way_out)
+    assert told is not None, way_out
+    for name in caches if told[1] == "each of them with" else [told[1]]:
+        made = tmp_path / f"alike-{len(list(tmp_path.iterdir()))}"
+        assert run_cli("convert", name, "--output-dir", made, *told[3].split()).code == 0, way_out
+        caches[name] = made
+    check_alike(*map(open_cache, caches.values()))
+
+
+def test_where_no_conversion_helps_that_is_said(tmp_path):
+    others = other_cache(tmp_path, aux_layer_ids=[0, 2]), shared_cache("dense", count=6, seed=2)
+    vocabulary = make_cache(tmp_path / "third", data=shared_chat(4), draft_vocab_size=150)
+    for one, two in ((shared_cache(), others[0]), (vocabulary, others[1])):
+        with pytest.raises(MismatchError, match="; no conversion makes them alike: precompute one of them anew"):
+            check_alike(open_cache(one), open_cache(two))
 
 
 def test_dense_caches_of_other_draft_vocabularies_are_refused(tmp_path):
@@ -217,7 +239,7 @@ def test_the_same_cache_twice_is_refused(spelling, tmp_path):
     cache = shared_cache()
     (tmp_path / "link").symlink_to(cache)
     again = {"same": cache, "dotted": cache / ".." / cache.name, "link": tmp_path / "link"}[spelling]
-    with pytest.raises(UsageError, match=r"holds what .* does; .*--cache-weights"):
+    with pytest.raises(UsageError, match=r"holds 24 of the samples of .*; .*--cache-weights"):
         trainer_of(two(tmp_path, cache=(cache, again)))
 
 
@@ -226,6 +248,27 @@ def test_a_copy_of_a_cache_beside_it_is_refused_too(tmp_path):
     copy = copied_cache(tmp_path / "copy")
     with pytest.raises((UsageError, MismatchError)):
         trainer_of(two(tmp_path / "run", cache=(shared_cache(), copy)))
+
+
+def slice_of(cache: Path, place: Path, samples: str, *flags: str) -> Path:
+    ended = run_cli("convert", cache, "--output-dir", place, "--samples", samples, *flags)
+    assert ended.code == 0, ended.err
+    return place
+
+
+def test_samples_are_not_trained_on_twice_nor_validated_on_however_they_are_stored(tmp_path):
+    """By their ids in one corpus: a conversion is refused, slices that share none are not."""
+    cache, trained = shared_cache(), slice_of(shared_cache(), tmp_path / "trained", "0:18")
+    again = slice_of(cache, tmp_path / "again", "15:24", "--state-encoding", "fp8")
+    apart = slice_of(cache, tmp_path / "apart", "18:24", "--state-encoding", "fp8")
+    for ours, other, count in ((cache, again, 9), (trained, again, 3)):
+        with pytest.raises(UsageError, match=rf"--cache {other} holds {count} of the samples of {ours}: .*--cache-w"):
+            open_corpus(settings(tmp_path / "run", cache=(ours, other)))
+        with pytest.raises(UsageError, match=rf"--heldout-cache {other} holds {count} of the samples of {ours}, which"):
+            open_corpus(settings(tmp_path / "run", cache=(ours,), heldout_cache=other))
+    assert len(open_corpus(settings(tmp_path / "run", cache=(trained, apart))).samples) == 24
+    held = open_corpus(settings(tmp_path / "run", cache=(trained,), heldout_cache=apart)).heldout
+    assert held.sample_ids.tolist() == open_cache(cache).sample_ids[18:].tolist()
 
 
 @pytest.mark.parametrize(
