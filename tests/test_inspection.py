@@ -542,6 +542,7 @@ def test_sizes_that_no_disk_holds_are_bounded(copy: Path) -> None:
     edit(copy / "commit-000000.json", lambda r: r["column_bytes"].update(input_ids=huge, loss_mask=-huge))
     edit(copy / "commit-000001.json", lambda r: r.update(file_bytes=huge))
     edit(copy / "commit-000002.json", lambda r: r["samples"].update(vocab_mass=[1e308] * len(r["samples"]["row"])))
+    drop_index(copy)
     inspected(copy, code=4)
     assert max(map(len, page(copy, code=4).splitlines())) < 1100
     edit(copy / "manifest.json", lambda manifest: manifest["files"]["head.safetensors"].update(num_bytes=huge))
