@@ -18,9 +18,6 @@ from eagle_offline.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-ZSTD_LEVEL = 1
-frame_content_size = frames.content_size
-
 # What zstd leaves of exponents, measured on real and on synthetic states.
 TYPICAL_COMPRESSED_SHARE = 0.44
 

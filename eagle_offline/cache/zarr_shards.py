@@ -39,7 +39,7 @@ import pyarrow as pa
 import xxhash
 from numcodecs import blosc, zstd
 
-from eagle_offline.cache import codec
+from eagle_offline.cache import codec, frames
 from eagle_offline.cache.layout import FORMAT_NAME, FORMAT_VERSION, FieldLayout, SampleTable
 from eagle_offline.cache.manifest import Identity
 from eagle_offline.cache.samples import StoredSample, TableBuilder
@@ -52,6 +52,9 @@ OBJECT_BYTES: Final = 64 << 20
 
 # Keeps an object's index, which is read with every sample, below 128 KiB.
 _OBJECT_CHUNKS = 8192
+
+# Of the chunks of both compressors: noise gains nothing by more.
+ZSTD_LEVEL = 1
 
 _DOCUMENT = "zarr.json"
 _DIMENSIONS = ("sample", "token", "value")
@@ -87,13 +90,13 @@ class _Compressor(Protocol):
 
 class _Zstd:
     def document(self, itemsize: int, chunk_bytes: int) -> dict[str, Any]:
-        return {"name": "zstd", "configuration": {"level": codec.ZSTD_LEVEL, "checksum": False}}
+        return {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
 
     def compress(self, chunk: np.ndarray) -> bytes:
-        return zstd.compress(chunk, codec.ZSTD_LEVEL)
+        return zstd.compress(chunk, ZSTD_LEVEL)
 
     def decompress(self, content: np.ndarray, size: int) -> np.ndarray | None:
-        if codec.frame_content_size(content.data) != size:
+        if frames.content_size(content.data) != size:
             return None
         try:
             # Arrow's decoder, because it works without Python's lock.
@@ -110,12 +113,12 @@ class _Blosc:
     def document(self, itemsize: int, chunk_bytes: int) -> dict[str, Any]:
         # One block a chunk: many would come in the order in which threads end, and cost a tenth of the size.
         shuffle = "shuffle" if itemsize > 1 else "noshuffle"
-        settings = {"cname": "zstd", "clevel": codec.ZSTD_LEVEL, "shuffle": shuffle}
+        settings = {"cname": "zstd", "clevel": ZSTD_LEVEL, "shuffle": shuffle}
         return {"name": "blosc", "configuration": settings | {"typesize": itemsize, "blocksize": chunk_bytes}}
 
     def compress(self, chunk: np.ndarray) -> bytes:
         shuffle = blosc.SHUFFLE if chunk.itemsize > 1 else blosc.NOSHUFFLE
-        return blosc.compress(chunk, b"zstd", codec.ZSTD_LEVEL, shuffle, chunk.nbytes)
+        return blosc.compress(chunk, b"zstd", ZSTD_LEVEL, shuffle, chunk.nbytes)
 
     def decompress(self, content: np.ndarray, size: int) -> np.ndarray | None:
         if len(content) < self._header.size:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numcodecs import blosc, zstd
 
-from eagle_offline.cache import codec
 from eagle_offline.cache.encodings import encoding_of
 from eagle_offline.cache.formats import frames_columns
 from eagle_offline.cache.layout import LAST_HIDDEN_STATE, STORED_DTYPES, TARGET_PROBS, FieldLayout
 from eagle_offline.cache.samples import EncodingErrors, encode_fields
+from eagle_offline.cache.zarr_shards import ZSTD_LEVEL
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.errors import EagleOfflineError, StoppedEarly
 from eagle_offline.interrupts import StopRequest
@@ -255,9 +255,9 @@ def _compressed_sizes(
             wide = STORED_DTYPES[layout.dtype] if column.suffix in ("", "probs") else 1
             values = np.frombuffer(content, f"u{wide}")
             shuffle = blosc.SHUFFLE if wide > 1 else blosc.NOSHUFFLE
-            sizes.append(len(blosc.compress(values, b"zstd", codec.ZSTD_LEVEL, shuffle, 0)))
+            sizes.append(len(blosc.compress(values, b"zstd", ZSTD_LEVEL, shuffle, 0)))
         else:
-            sizes.append(len(zstd.compress(content, codec.ZSTD_LEVEL)))
+            sizes.append(len(zstd.compress(content, ZSTD_LEVEL)))
     return sizes
 
 
