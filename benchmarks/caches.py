@@ -42,10 +42,9 @@ def small_cache(directory: Path, num_conversations: int = 32, device: str = "cpu
 
 
 def write_synthetic_shard(
-    path: Path, lengths: np.ndarray, choice: EncodingChoice | str, hidden_size: int, num_aux_layers: int = 3
+    path: Path, lengths: np.ndarray, choice: EncodingChoice, hidden_size: int, num_aux_layers: int = 3
 ) -> tuple[SampleTable, int, list[FieldLayout]]:
     """Write a shard of synthetic samples, half of their tokens supervised; return its table, bytes and layout."""
-    choice = EncodingChoice(state_encoding=choice) if isinstance(choice, str) else choice
     fields = choice.fields(range(num_aux_layers), hidden_size, hidden_size)
     writer = ArrowShardWriter(path, fields, 0, IDENTITY_DIGEST)
     for sample_id, length in enumerate(lengths):

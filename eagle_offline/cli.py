@@ -303,7 +303,7 @@ def _inspect(cache: str, as_json: bool, verify: bool, sample: int | None, colour
         # In ASCII: text of a stranger's cache may be no Unicode, or act on a terminal.
         click.echo(json.dumps(description, indent=2))
     else:
-        from eagle_offline.inspection import render_text
+        from eagle_offline.inspection_page import render_text
 
         if colour is None:
             colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")

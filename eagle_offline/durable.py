@@ -193,16 +193,31 @@ def remove_abandoned(directory: Path) -> None:
     """Remove temporary files and directories whose writer is gone: dead on this host, or a day old."""
     # Not by `rglob`, which fails when a directory of a live writer gets its name meanwhile.
     below = (Path(root, name) for root, folders, files in os.walk(directory) for name in (*folders, *files))
-    for path in [path for path in below if path.name.startswith(".") and TEMPORARY_MARK in path.name]:
-        host, _, rest = path.name.rpartition(TEMPORARY_MARK)[2].rpartition("-")[0].rpartition("-")
-        if host == socket.gethostname() and rest.isdigit():
-            abandoned = not is_alive(int(rest))
-        else:
-            abandoned = _age_seconds(path) > ABANDONED_SECONDS
-        if abandoned and path.is_dir():
+    for path in [path for path in below if is_abandoned(path)]:
+        if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        elif abandoned:
+        else:
             path.unlink(missing_ok=True)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Say whether a name is of unfinished work whose writer is gone: dead on this host, or silent for a day."""
+    if not path.name.startswith(".") or TEMPORARY_MARK not in path.name:
+        return False
+    host, _, process = path.name.rpartition(TEMPORARY_MARK)[2].rpartition("-")[0].rpartition("-")
+    if host == socket.gethostname() and process.isdigit():
+        return not is_alive(int(process))
+    return age_seconds(path) > ABANDONED_SECONDS
+
+
+def age_seconds(path: Path) -> float:
+    """Return how long ago anything of a file, or below a directory, was written; 0 for what is gone."""
+    below = [os.path.join(root, name) for root, folders, files in os.walk(path) for name in (*folders, *files)]
+    written = []
+    for entry in [str(path), *below]:
+        with suppress(FileNotFoundError):  # a live writer gives it its name meanwhile
+            written.append(os.lstat(entry).st_mtime)
+    return time.time() - max(written, default=time.time())
 
 
 def is_alive(process_id: int) -> bool:
@@ -214,10 +229,3 @@ def is_alive(process_id: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _age_seconds(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0

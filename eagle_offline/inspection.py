@@ -31,7 +31,6 @@ from eagle_offline.cache.writer import read_record
 from eagle_offline.config import require_path
 from eagle_offline.errors import DataError, UsageError
 from eagle_offline.inspection_example import TOKENIZER_FILE, choose_sample, read_example, sample_facts
-from eagle_offline.inspection_page import render_text
 from eagle_offline.inspection_record import (
     Extremes,
     Inspection,
@@ -46,8 +45,6 @@ from eagle_offline.inspection_sizes import known, size_facts, total
 from eagle_offline.progress import Progress
 from eagle_offline.provenance import user_cache_directory
 from eagle_offline.text.token_table import META_FILE, QUARANTINE_FILE, TOKENS_FILE
-
-__all__ = ["describe_cache", "render_text"]
 
 _HISTOGRAM_BARS = 8
 _STATUS_NAME = re.compile(r"status(-\d{4})?\.json")

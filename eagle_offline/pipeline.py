@@ -49,7 +49,7 @@ class StageKind:
 
 def _inspect(settings: InspectSettings) -> Any:
     from eagle_offline.errors import DataError
-    from eagle_offline.inspection import render_text
+    from eagle_offline.inspection_page import render_text
 
     description = stages.inspect_manifest(settings.cache, verify=settings.verify)
     print(render_text(description), end="\n\n")  # noqa: T201

@@ -22,7 +22,8 @@ from eagle_offline import open_cache
 from eagle_offline.cache.manifest import read_manifest
 from eagle_offline.cache.writer import ensure_index
 from eagle_offline.cli import main
-from eagle_offline.inspection import describe_cache, render_text
+from eagle_offline.inspection import describe_cache
+from eagle_offline.inspection_page import render_text
 from tests import builders
 from tests.cache.mutations import resealed
 from tests.test_imports import HEAVY, command, loaded_after

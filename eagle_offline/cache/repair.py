@@ -7,8 +7,6 @@ record goes before its shard, so that what is committed is always there.
 from __future__ import annotations
 
 import os
-import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,7 @@ from eagle_offline.cache.manifest import Manifest, read_manifest
 from eagle_offline.cache.saved_settings import making_command, write_config
 from eagle_offline.cache.verify import check_cache
 from eagle_offline.cache.writer import committed_shards, ensure_index
-from eagle_offline.durable import ABANDONED_SECONDS, TEMPORARY_MARK, exclusive, explained_os_errors, is_alive
+from eagle_offline.durable import ABANDONED_SECONDS, age_seconds, exclusive, explained_os_errors, is_abandoned
 from eagle_offline.errors import DataError, EagleOfflineError
 
 
@@ -135,27 +133,11 @@ def _chosen(path: Path, found: Verification, seen: Seen) -> Iterator[tuple[str, 
     yield from sorted((name, what) for name, what in files.items() if name in seen)
     for note in found.notes:
         unclaimed = shard_of_file(note.where) is not None and shard_of_file(note.where) not in broken
-        if unclaimed and _age_seconds(path / note.where) > ABANDONED_SECONDS:
+        if unclaimed and age_seconds(path / note.where) > ABANDONED_SECONDS:
             yield note.where, note.what
     for name in sorted(seen):
-        if _is_abandoned(path / name):
+        if is_abandoned(path / name):
             yield name, "unfinished work of a process that is gone"
-
-
-def _is_abandoned(path: Path) -> bool:
-    """Say whether a name is of unfinished work whose writer is gone: dead on this host, or a day old."""
-    if not path.name.startswith(".") or TEMPORARY_MARK not in path.name:
-        return False
-    host, _, process = path.name.rpartition(TEMPORARY_MARK)[2].rpartition("-")[0].rpartition("-")
-    if host == socket.gethostname() and process.isdigit():
-        return not is_alive(int(process))
-    return _age_seconds(path) > ABANDONED_SECONDS
-
-
-def _age_seconds(path: Path) -> float:
-    """Return how long ago anything of a file or directory was written."""
-    written = [entry.lstat().st_mtime for entry in (path, *path.rglob("*")) if os.path.lexists(entry)]
-    return time.time() - max(written, default=time.time())
 
 
 def _require_writable(path: Path) -> None:
