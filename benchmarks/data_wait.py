@@ -27,7 +27,7 @@ from benchmarks.unroll_ways import necessary_flops
 from eagle_offline import open_cache, stages
 from eagle_offline.cache.reader import Cache
 from eagle_offline.data.feed import feed
-from eagle_offline.data.prefetch import prefetch
+from eagle_offline.prefetch import prefetch
 from eagle_offline.data.sampler import plan_packs, shuffled_samples
 from eagle_offline.data.stored_pack import PackReader
 from eagle_offline.draft.eagle3 import Eagle3DraftModel

@@ -129,6 +129,7 @@ def identity_of(lengths: np.ndarray, shape: Shape, encoding: StateEncoding, shar
             id="synthetic",
             revision=None,
             checkpoint_digest=nothing,
+            adapter=None,
             architecture="LlamaForCausalLM",
             num_layers=8,
             hidden_size=shape.hidden_size,
@@ -136,8 +137,7 @@ def identity_of(lengths: np.ndarray, shape: Shape, encoding: StateEncoding, shar
         ),
         text=TextIdentity(tokenizer_digest=nothing, template_digest=nothing, seq_length=int(lengths.max())),
         dataset=DatasetIdentity(
-            sources=[SourceIdentity(name="synthetic", digest=nothing, num_bytes=None, revision=None)],
-            split=None,
+            sources=[SourceIdentity(name="synthetic", digest=nothing, num_bytes=None, revision=None, split=None)],
             shuffle_seed=None,
             num_samples=len(lengths),
             rows_digest=nothing,
@@ -148,6 +148,7 @@ def identity_of(lengths: np.ndarray, shape: Shape, encoding: StateEncoding, shar
             compute_dtype="fp32",
             state_encoding=encoding,
             target_encoding="factored",
+            target_statistics="full",
             draft_vocab_digest=None,
             shard_size=shard_size,
             format="arrow",
@@ -155,7 +156,13 @@ def identity_of(lengths: np.ndarray, shape: Shape, encoding: StateEncoding, shar
             fields=fields,
         ),
         batch_plan=BatchPlan(
-            batch_size=1, order="length", attention_implementation="sdpa", tensor_parallel_size=1, device_kind="cpu"
+            batch_size=1,
+            max_batch_tokens=None,
+            order="length",
+            attention_implementation="sdpa",
+            experts_implementation=None,
+            tensor_parallel_size=1,
+            device_kind="cpu",
         ),
     )
 

@@ -135,7 +135,18 @@ class PrecomputeSettings(TokenizeSettings):
     draft_vocab_size: int | None = setting(
         None, "Tokens the draft can propose; default 32000, or all if there are fewer.", gt=0
     )
-    batch_size: int = setting(4, "Samples of similar length that go through the target at once.", gt=0, lt=1 << 31)
+    batch_size: int | None = setting(
+        None,
+        "Samples that go through the target at once; default as many as have --max-batch-tokens.",
+        gt=0,
+        lt=1 << 31,
+    )
+    max_batch_tokens: int | None = setting(
+        None,
+        "Tokens that go through the target at once, padding included; default found by a probe, 2048 on a CPU.",
+        gt=0,
+        lt=1 << 31,
+    )
     shard_size: int = setting(256, "Samples a shard.", gt=0, lt=1 << 62)
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "What states are stored in.")
     compute_dtype: Literal["bf16", "fp16", "fp32"] | None = setting(
@@ -169,6 +180,14 @@ class PrecomputeSettings(TokenizeSettings):
     rehash: bool = setting(False, "Digest the target's files again instead of trusting remembered digests.")
     resume: bool = setting(False, "Go on with a cache that was begun; safe on an empty directory.")
     dry_run: bool = setting(False, "Check everything and print the plan; write nothing but tokens.")
+
+    @model_validator(mode="after")
+    def _count_one_way(self) -> PrecomputeSettings:
+        if self.batch_size is not None and self.max_batch_tokens is not None:
+            raise UsageError(
+                f"--batch-size {self.batch_size} and --max-batch-tokens {self.max_batch_tokens}: give one of them"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -74,10 +74,11 @@ def _origin(inspection: Inspection) -> list[Row]:
     identity = inspection.manifest.identity
     target, capture, text, dataset = identity.target, identity.capture, identity.text, identity.dataset
     layers = " ".join(map(str, capture.aux_layer_ids))
-    sources = [f"{source.name}{_source_size(source.num_bytes)}" for source in dataset.sources]
-    chosen = [f"split {dataset.split}"] * bool(dataset.split) + [f"shuffled, seed {dataset.shuffle_seed}"] * (
-        dataset.shuffle_seed is not None
-    )
+    sources = [
+        f"{source.name}{f' {source.split}' if source.split else ''}{_source_size(source.num_bytes)}"
+        for source in dataset.sources
+    ]
+    chosen = [f"shuffled, seed {dataset.shuffle_seed}"] * (dataset.shuffle_seed is not None)
     rows = [
         ("target", f"{target.id}  {target.architecture}, revision {target.revision or '-'}"),
         ("", f"{target.num_layers} layers, H {target.hidden_size}, V {target.vocab_size}"),

@@ -73,19 +73,20 @@ class Head:
         count = hidden.shape[0]
         best = torch.full((count,), -torch.inf, device=hidden.device)
         argmax = torch.zeros(count, dtype=torch.int32, device=hidden.device)
-        log_normalizer = torch.full((count,), -torch.inf, device=hidden.device)
-        inside = torch.full_like(log_normalizer, -torch.inf)
-        selected = selected_token_mask.to(hidden.device)
+        # Σ exp(z - best) over all tokens so far, and over those inside: what both are asked for comes of one exp.
+        sums = torch.zeros(count, 2, device=hidden.device)
+        inside = selected_token_mask.to(hidden.device)
+        counted = torch.stack([torch.ones_like(inside), inside], dim=-1).float()
         for start in range(0, self.vocab_size, HEAD_CHUNK_ROWS):
-            logits = self._chunk_logits(hidden, start)
-            top = logits.max(dim=-1)
-            better = top.values > best
-            best = torch.where(better, top.values, best)
-            argmax = torch.where(better, (_lowest_argmax(logits, top.values) + start).to(torch.int32), argmax)
-            log_normalizer = torch.logaddexp(log_normalizer, logits.logsumexp(dim=-1))
-            chosen = selected[start : start + HEAD_CHUNK_ROWS]
-            inside = torch.logaddexp(inside, logits[:, chosen].logsumexp(dim=-1))
-        return argmax, log_normalizer, (inside - log_normalizer).exp()
+            logits = self._chunk_logits(hidden, start).float()
+            top = logits.amax(dim=-1)
+            better = top > best
+            argmax = torch.where(better, (_lowest_argmax(logits, top) + start).to(torch.int32), argmax)
+            highest = torch.where(better, top, best)
+            sums = sums * (best - highest).exp().unsqueeze(-1)
+            sums += logits.sub_(highest.unsqueeze(-1)).exp_() @ counted[start : start + HEAD_CHUNK_ROWS]
+            best = highest
+        return argmax, best + sums[:, 0].log(), sums[:, 1] / sums[:, 0]
 
     def _chunk_logits(self, hidden: Tensor, start: int) -> Tensor:
         weight = self.weight[start : start + HEAD_CHUNK_ROWS]

@@ -27,6 +27,7 @@ from eagle_offline.precompute.estimate import choices
 from eagle_offline.precompute.plan import encoding_choice
 from eagle_offline.precompute.probe import probe_batches
 from eagle_offline.supervision import supervised_positions
+from eagle_offline.target.batching import Batching
 from eagle_offline.text.token_table import open_token_table
 from tests import builders
 
@@ -347,7 +348,7 @@ def test_memory_that_does_not_suffice_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(probing, "load_model", too_large)
     ended = run(None)
     assert ended.code == 1
-    assert ended.err.splitlines()[-1].startswith("error: cpu: out of memory with --batch-size 3 and --seq-length 96: ")
+    assert ended.err.splitlines()[-1].startswith("error: cpu: out of memory with --seq-length 96: ")
 
 
 @pytest.mark.parametrize(
@@ -401,10 +402,10 @@ def test_the_settings_own_choice_is_among_those_compared() -> None:
 
 def test_probed_batches_lie_in_the_middle_and_the_outer_thirds_of_the_tokens() -> None:
     lengths = np.random.default_rng(0).integers(3, 100, 300).astype(np.int32)
-    typical, short, long = (lengths[rows] for rows in probe_batches(lengths, 4))
+    typical, short, long = (lengths[rows] for rows in probe_batches(lengths, Batching(batch_size=4)))
     assert [len(rows) for rows in (typical, short, long)] == [4, 4, 4]
     assert short.max() < typical.min() < typical.max() < long.min()
     below = lengths[lengths < typical.min()].sum() / lengths.sum()
     assert 0.45 < below < 0.5
-    assert [rows.tolist() for rows in probe_batches(np.array([9, 2, 5, 7, 5]), 2)] == [[3, 0], [2, 4], [3, 0]]
-    assert [rows.tolist() for rows in probe_batches(np.array([9, 2]), 4)] == [[1, 0]] * 3
+    assert [rows.tolist() for rows in probe_batches(np.array([9, 2, 5, 7, 5]), Batching(2))] == [[0, 3], [2, 4], [0, 3]]
+    assert [rows.tolist() for rows in probe_batches(np.array([9, 2]), Batching(4))] == [[0, 1]] * 3

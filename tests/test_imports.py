@@ -28,7 +28,19 @@ MAY_IMPORT = {
     "text": set(),
     "serving": {"draft", "objectives", "target", "text"},
 }
-FOUNDATION = {"errors", "config", "train_settings", "durable", "interrupts", "progress", "provenance", "devices"}
+FOUNDATION = {
+    "errors",
+    "config",
+    "train_settings",
+    "durable",
+    "interrupts",
+    "progress",
+    "provenance",
+    "amounts",
+    "devices",
+    "prefetch",
+    "launch",
+}
 FOUNDATION_MAY_IMPORT = {"errors", "config", "durable", "provenance"}
 
 

@@ -75,7 +75,7 @@ DRIFTS: dict[str, tuple[dict[str, Any], Callable[[Path, Path], None] | None, str
     "shard size": ({"shard_size": 3}, None, "capture.shard_size", (2, 3)),
     "batch size": ({"batch_size": 1}, None, "batch_plan.batch_size", (3, 1)),
     "shuffle seed": ({"shuffle_seed": 5}, None, "dataset.shuffle_seed", (None, 5)),
-    "split": ({"split": "[:5]"}, None, "dataset.split", (None, "[:5]")),
+    "split": ({"split": "[:5]"}, None, "dataset.sources.chat.jsonl.split", (None, "[:5]")),
     "weights": ({}, lambda target, _: change_weight(target), "target.checkpoint_digest", None),
     "config": ({}, lambda target, _: change_config(target), "target.checkpoint_digest", None),
     "template": ({}, lambda target, _: change_template(target), "text.template_digest", None),

@@ -20,6 +20,7 @@ from eagle_offline.cache.changes import FieldChange, SampleConverter, choice_of,
 from eagle_offline.cache.codec import estimated_row_bytes, losses_of
 from eagle_offline.cache.entries import CacheEntries
 from eagle_offline.cache.filling import (
+    ShardLog,
     ShardWork,
     begun_cache,
     check_free_space,
@@ -38,7 +39,7 @@ from eagle_offline.cache.manifest import (
     refuse_drift,
 )
 from eagle_offline.cache.reader import Cache, open_cache
-from eagle_offline.cache.samples import EncodingErrors, StoredSample
+from eagle_offline.cache.samples import StoredSample
 from eagle_offline.cache.saved_settings import config_bytes
 from eagle_offline.cache.writer import committed_shards, ensure_index
 from eagle_offline.config import ConvertSettings
@@ -153,6 +154,7 @@ def plan_conversion(settings: ConvertSettings, recorded: Manifest | None) -> Con
                 compute_dtype=origin.capture.compute_dtype,
                 state_encoding=choice.state_encoding,
                 target_encoding=choice.target_encoding,
+                target_statistics=origin.capture.target_statistics,
                 draft_vocab_digest=None if keeps_states else vocab_digest,
                 shard_size=shard_size,
                 format=choice.format,
@@ -160,6 +162,7 @@ def plan_conversion(settings: ConvertSettings, recorded: Manifest | None) -> Con
                 fields=[change.result for change in changes],
             ),
             batch_plan=origin.batch_plan,
+            imported_from=origin.imported_from,
             converted_from=Conversion(identity_digest=origin.digest, samples=samples, earlier=origin.converted_from),
         )
     except ValidationError as error:
@@ -205,9 +208,9 @@ def convert_cache(plan: ConversionPlan, recorded: Manifest | None, stop: StopReq
     _begin(plan, companions, environment)
     converter = SampleConverter(plan.source, plan.changes, plan.identity.capture.format)
 
-    def samples(shard: int, errors: EncodingErrors) -> Iterator[StoredSample | LostSample]:
+    def samples(shard: int, log: ShardLog) -> Iterator[StoredSample | LostSample]:
         for entry in plan.entries.walk(plan.samples(shard)):
-            yield entry if isinstance(entry, LostSample) else converter.convert(entry, errors)
+            yield entry if isinstance(entry, LostSample) else converter.convert(entry, log.errors)
 
     work = [
         ShardWork(shard, plan.num_tokens(shard), plan.estimated_bytes(shard), partial(samples, shard))

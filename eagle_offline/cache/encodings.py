@@ -117,10 +117,19 @@ class _Planes:
         return [Column("exponent", field.width, compressible=True), Column("mantissa", low)]
 
     def encode(self, field: FieldLayout, values: torch.Tensor) -> list[np.ndarray]:
-        words = _rounded(bytes_of(values.to(torch_dtype(field.dtype))).view("<u2"), field.mantissa_bits)
-        exponent = (words >> np.uint16(7)).astype(np.uint8)
-        kept = (words & np.uint16(0x7F)) >> np.uint16(EXACT_MANTISSA_BITS - field.mantissa_bits)
-        code = (kept << np.uint16(1) | words >> np.uint16(15)).astype(np.uint8)
+        words = bytes_of(values.to(torch_dtype(field.dtype))).view("<u2")
+        exponent = np.empty(words.shape, np.uint8)
+        code = np.empty(words.shape, np.uint8)
+        block = max(1, MERGED_VALUES // field.width)
+        for start in range(0, len(words), block):
+            some = _rounded(words[start : start + block], field.mantissa_bits)
+            moved = some >> np.uint16(7)
+            exponent[start : start + block] = moved
+            np.bitwise_and(some, np.uint16(0x7F), out=moved)
+            np.right_shift(moved, np.uint16(EXACT_MANTISSA_BITS - field.mantissa_bits), out=moved)
+            np.left_shift(moved, np.uint16(1), out=moved)
+            np.bitwise_or(moved, some >> np.uint16(15), out=moved)
+            code[start : start + block] = moved
         return [exponent, bit_groups.pack(code, field.mantissa_bits + 1)]
 
     def merge(self, field: FieldLayout, planes: Sequence[torch.Tensor]) -> torch.Tensor:

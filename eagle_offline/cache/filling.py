@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eagle_offline.amounts import size
 from eagle_offline.cache.layout import MANIFEST_FILE, CommitRecord, LostSample, repair_way_out
 from eagle_offline.cache.manifest import Identity, Manifest, read_manifest, refuse_drift, write_manifest
 from eagle_offline.cache.samples import EncodingErrors, StoredSample
@@ -20,6 +21,19 @@ from eagle_offline.progress import Progress
 
 
 @dataclass(frozen=True)
+class ShardLog:
+    """What is known of a shard while it is made.
+
+    Attributes:
+        errors: what encoding has cost so far.
+        environment: where it is made; goes into its record.
+    """
+
+    errors: EncodingErrors
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class ShardWork:
     """A shard to make.
 
@@ -27,13 +41,13 @@ class ShardWork:
         shard: its number.
         num_tokens: of all its samples; lost ones may be left out.
         estimated_bytes: about what it takes on disk.
-        samples: makes its samples, one by one, and says what encoding them cost.
+        samples: makes its samples, one by one, and keeps the log.
     """
 
     shard: int
     num_tokens: int
     estimated_bytes: int
-    samples: Callable[[EncodingErrors], Iterable[StoredSample | LostSample]]
+    samples: Callable[[ShardLog], Iterable[StoredSample | LostSample]]
 
 
 def begun_cache(directory: Path, *, resume: bool, own_entries: Collection[str]) -> Manifest | None:
@@ -154,6 +168,7 @@ def fill_shards(
     environment: dict[str, Any],
     store_less: str,
     commit: Callable[[CommitRecord], CommitRecord] | None = None,
+    waited_share: Callable[[], float] | None = None,
 ) -> None:
     """Make shards one after another.
 
@@ -162,26 +177,35 @@ def fill_shards(
         environment: goes into the records.
         store_less: as for `check_free_space`.
         commit: what else makes a shard stand, once it is committed in the directory; returns the record that stands.
+        waited_share: which share of its time what makes samples has waited for what stores them.
 
     Raises:
         StoppedEarly: asked to stop; committed shards stay. EagleOfflineError: see `eagle_offline.errors`.
     """
-    tracker = _Tracker(progress, stop, sum(item.estimated_bytes for item in work))
+    tracker = _Tracker(progress, stop, work, waited_share)
     for item in work:
         tracker.begin_shard(item.num_tokens)
         # Others may fill the disk meanwhile: what does not fit is not begun.
         check_free_space(directory, item.estimated_bytes, store_less)
-        errors = EncodingErrors()
-        samples = (tracker.track(sample) for sample in item.samples(errors))
-        record = write_shard(directory, identity, item.shard, samples, environment, errors)
+        log = ShardLog(EncodingErrors(), dict(environment))
+        samples = (tracker.track(sample) for sample in item.samples(log))
+        record = write_shard(directory, identity, item.shard, samples, log.environment, log.errors)
         tracker.end_shard((record if commit is None else commit(record)).file_bytes)
 
 
 class _Tracker:
     """Shows progress and gives up a shard that would outlast the grace period."""
 
-    def __init__(self, progress: Progress, stop: StopRequest, total_bytes: int):
-        self._progress, self._stop, self._total_bytes = progress, stop, total_bytes
+    def __init__(
+        self,
+        progress: Progress,
+        stop: StopRequest,
+        work: Sequence[ShardWork],
+        waited_share: Callable[[], float] | None,
+    ):
+        self._progress, self._stop, self._waited_share = progress, stop, waited_share
+        self._total_tokens = sum(item.num_tokens for item in work)
+        self._estimated_bytes = sum(item.estimated_bytes for item in work)
         self._started = time.monotonic()
         self._tokens = self._written = self._shard_left = 0
 
@@ -202,5 +226,9 @@ class _Tracker:
 
     def end_shard(self, file_bytes: int) -> None:
         self._written += file_bytes
-        written = f"{self._written / 1e6:.1f} of about {self._total_bytes / 1e6:.1f} MB"
-        self._progress.advance(0, {"written": written})
+        projected = self._written * self._total_tokens / self._tokens if self._tokens else self._estimated_bytes
+        rate = self._written / max(time.monotonic() - self._started, 1e-9)
+        values = {"written": f"{size(self._written)} of about {size(projected)}", "at": f"{size(rate)}/s"}
+        if self._waited_share is not None:
+            values["waiting on disk"] = f"{self._waited_share():.0%}"
+        self._progress.advance(0, values)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FORMAT_NAME: Final = "eagle-offline-cache"
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
@@ -194,7 +194,7 @@ class CommitRecord(Frozen):
     """
 
     format: Literal["eagle-offline-cache"]
-    version: Literal[2]
+    version: Literal[3]
     identity_digest: Digest
     shard: Count
     file: ShardFile

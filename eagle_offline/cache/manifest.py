@@ -52,12 +52,27 @@ _MAX_DRIFT, _MAX_VALUE = 300, 100
 _NAMED_LISTS = ("capture.fields", "dataset.sources")
 
 
+class AdapterIdentity(Frozen):
+    """A LoRA adapter that was merged into the target: hub id or directory name, resolved revision, files' digest."""
+
+    id: str
+    revision: str | None
+    digest: str
+
+
 class TargetIdentity(Frozen):
-    """The frozen target: hub id or directory name, resolved revision, digest of weights and config, and its shape."""
+    """The frozen target.
+
+    Attributes:
+        id: hub id or directory name; revision: the commit of a hub model; checkpoint_digest: of weights and config.
+        adapter: what was merged into it, if anything.
+        architecture: its class; num_layers, hidden_size, vocab_size: its shape.
+    """
 
     id: str
     revision: str | None
     checkpoint_digest: str
+    adapter: AdapterIdentity | None
     architecture: str
     num_layers: int = Field(gt=0, le=1 << 16)
     hidden_size: _Width
@@ -65,19 +80,19 @@ class TargetIdentity(Frozen):
 
 
 class SourceIdentity(Frozen):
-    """One input: its name, content digest and size, or a hub dataset's id and revision."""
+    """One input: its name, content digest and size, or a hub dataset's id and revision; and what was taken of it."""
 
     name: str
     digest: str
     num_bytes: ByteCount | None
     revision: str | None
+    split: str | None
 
 
 class DatasetIdentity(Frozen):
-    """The corpus: inputs, what was taken of them, and a digest of the tokenised rows in order."""
+    """The corpus: inputs, and a digest of the tokenised rows in order."""
 
     sources: list[SourceIdentity]
-    split: str | None
     shuffle_seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] | None
     num_samples: int = Field(ge=0, le=1 << 31)
     rows_digest: str
@@ -92,11 +107,22 @@ class TextIdentity(Frozen):
 
 
 class BatchPlan(Frozen):
-    """How the samples of a shard were put through the target; it moves last bits, so it is identity."""
+    """How the samples of a shard were put through the target; it moves last bits, so it is identity.
 
-    batch_size: _Number
+    Attributes:
+        batch_size: samples at once; None where tokens are counted.
+        max_batch_tokens: tokens at once, padding included; None where samples are counted, or nothing was run.
+        order: the longest first.
+        attention_implementation, experts_implementation: of transformers; no experts in a dense model.
+        tensor_parallel_size: processes that share one copy of the target.
+        device_kind: such as ``cuda``.
+    """
+
+    batch_size: _Number | None
+    max_batch_tokens: _Number | None
     order: Literal["length"]
     attention_implementation: str
+    experts_implementation: str | None
     tensor_parallel_size: _Number
     device_kind: str
 
@@ -107,6 +133,8 @@ class CaptureIdentity(Frozen):
     Attributes:
         aux_layer_ids: 0-based decoder layers, strictly increasing.
         state_encoding, target_encoding: as asked for; ``fields`` say how each column is stored.
+        target_statistics: ``full``, or ``in_vocabulary``: the argmax is known where it lies in the draft vocabulary
+            and -1 elsewhere, and the log-normaliser is not known (0).
         draft_vocab_digest: under ``dense`` and ``topk`` only: the probabilities are over this vocabulary.
         format: of the shards; compressor: what Zarr compresses with, None for Arrow.
         fields: the float columns.
@@ -117,6 +145,7 @@ class CaptureIdentity(Frozen):
     compute_dtype: str
     state_encoding: StateEncoding
     target_encoding: TargetEncoding
+    target_statistics: Literal["full", "in_vocabulary"]
     draft_vocab_digest: str | None
     shard_size: int = Field(gt=0, lt=1 << 62)
     format: ShardFormat
@@ -138,14 +167,27 @@ class Conversion(Frozen):
     earlier: Conversion | None = None
 
 
+class ImportedStates(Frozen):
+    """States that another tool had dumped: which tool, and a digest of all its files."""
+
+    tool: Literal["speculators", "nemo"]
+    digest: Digest
+
+
 class Identity(Frozen):
-    """Everything that shapes the cache's bytes; ``converted_from`` when it was made from another cache."""
+    """Everything that shapes the cache's bytes.
+
+    Attributes:
+        imported_from: the states that this cache was made from, if it was not made by running the target.
+        converted_from: the cache that it was made from, if it was.
+    """
 
     target: TargetIdentity
     text: TextIdentity
     dataset: DatasetIdentity
     capture: CaptureIdentity
     batch_plan: BatchPlan
+    imported_from: ImportedStates | None = None
     converted_from: Conversion | None = None
 
     @model_validator(mode="after")
@@ -207,7 +249,7 @@ class Manifest(Frozen):
     """
 
     format: Literal["eagle-offline-cache"] = FORMAT_NAME
-    version: Literal[2] = FORMAT_VERSION
+    version: Literal[3] = FORMAT_VERSION
     identity: Identity
     defaults: Defaults
     files: dict[Annotated[str, Field(pattern=_INSIDE)], CompanionFile]

@@ -108,6 +108,13 @@ class EncodingErrors:
         sums[0] += float(torch.linalg.vecdot(lost, lost).double().sum())
         sums[1] += float(torch.linalg.vecdot(exact, exact).double().sum())
 
+    def merge(self, other: EncodingErrors) -> None:
+        """Add what was added to another."""
+        for name, added in other._sums.items():
+            sums = self._sums.setdefault(name, [0.0, 0.0])
+            sums[0] += added[0]
+            sums[1] += added[1]
+
     def record(self) -> dict[str, EncodingError]:
         """Return the sums by field, to six digits."""
         return {

@@ -66,15 +66,17 @@ def _recorded_flags(manifest: Manifest) -> list[str]:
     if manifest.identity.converted_from is not None:
         return [str(inputs.get("cache", "CACHE"))]
     identity, capture = manifest.identity, manifest.identity.capture
+    splits = {source.split for source in identity.dataset.sources}
     bits = min(layout.mantissa_bits for layout in capture.fields)
     values = {
         "target_model": inputs.get("target_model", identity.target.id),
         "revision": identity.target.revision,
         "input_data": inputs.get("input_data", "DATA"),
-        "split": identity.dataset.split,
+        "split": splits.pop() if len(splits) == 1 else None,
         "seq_length": identity.text.seq_length,
         "draft_vocab_size": manifest.defaults.draft_vocabulary.size,
         "batch_size": identity.batch_plan.batch_size,
+        "max_batch_tokens": identity.batch_plan.max_batch_tokens,
         "shard_size": capture.shard_size,
         "dtype": capture.dtype,
         "compute_dtype": None if capture.compute_dtype == "checkpoint" else capture.compute_dtype,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ from typing import Any
 import torch
 
 from eagle_offline.cache.companions import embeddings_bytes, head_bytes, vocab_bytes, vocab_file
-from eagle_offline.cache.filling import ShardWork, check_free_space, ensure_manifest, fill_shards, own_shards
-from eagle_offline.cache.formats import frames_columns
+from eagle_offline.cache.filling import ShardLog, ShardWork, check_free_space, ensure_manifest, fill_shards, own_shards
 from eagle_offline.cache.layout import (
     EMBEDDINGS_FILE,
     HEAD_FILE,
@@ -26,23 +26,25 @@ from eagle_offline.cache.manifest import (
     Manifest,
 )
 from eagle_offline.cache.publishing import Publisher
-from eagle_offline.cache.samples import EncodingErrors, StoredSample, encode_fields
+from eagle_offline.cache.samples import StoredSample
 from eagle_offline.cache.saved_settings import write_config
 from eagle_offline.cache.writer import ensure_index
 from eagle_offline.durable import make_directory, remove_abandoned, write_bytes
-from eagle_offline.errors import EagleOfflineError
 from eagle_offline.interrupts import StopRequest
+from eagle_offline.precompute.batch_probe import begun_by_one, find_batch_tokens
 from eagle_offline.precompute.plan import Plan
+from eagle_offline.precompute.stream import SampleStream, token_sample
 from eagle_offline.progress import Progress
 from eagle_offline.provenance import describe_environment, digest_bytes, digest_file
-from eagle_offline.target.capture import Capture, CapturedSample, TokenSample, check_capture
+from eagle_offline.target.batching import Batching
+from eagle_offline.target.capture import Capture, check_capture
 from eagle_offline.target.hooks import HFEagle3TargetModel
 from eagle_offline.target.layout import input_embeddings, read_head
 from eagle_offline.target.load import (
     DTYPES,
     load_model,
 )
-from eagle_offline.text.token_table import META_FILE, QUARANTINE_FILE, TOKENS_FILE, TokenTable
+from eagle_offline.text.token_table import META_FILE, QUARANTINE_FILE, TOKENS_FILE
 
 STORE_LESS = "--aux-layer-ids, --split, --mantissa-bits"
 
@@ -58,13 +60,13 @@ def fill(plan: Plan, recorded: Manifest | None, stop: StopRequest, publisher: Pu
     Raises:
         StoppedEarly: asked to stop; committed shards stay. EagleOfflineError: see `eagle_offline.errors`.
     """
-    settings, directory, identity = plan.settings, plan.settings.output_dir, plan.identity
+    settings, directory = plan.settings, plan.settings.output_dir
     remove_abandoned(directory)
     if publisher is not None and recorded is not None:
         publisher.push_left()
     missing = own_shards(
         directory,
-        identity,
+        plan.identity,
         settings.process_index,
         settings.process_count,
         begun=recorded is not None and publisher is None,
@@ -74,36 +76,79 @@ def fill(plan: Plan, recorded: Manifest | None, stop: StopRequest, publisher: Pu
     check_free_space(directory, sum(needed) if publisher is None else max(needed, default=0), STORE_LESS)
     if recorded is not None and not missing and _is_whole(directory, recorded, publisher):
         write_config(directory, recorded)
-        _finish(plan, publisher)
-        return 0
-    model = load_model(plan.source, plan.device, settings.compute_dtype)
-    target = HFEagle3TargetModel(model, identity.capture.aux_layer_ids)
-    check_capture(target, read_head(model), _token_sample(plan.table, 0))
-    head = read_head(model).to(plan.device, DTYPES[settings.dtype])
-    environment = describe_environment(plan.device)
-    manifest = _write_companions(plan, model, head, environment)
-    if publisher is not None:
-        publisher.begin(manifest)
-
-    selected = torch.from_numpy(plan.vocab.selected_token_ids)
-    with_probs = settings.target_encoding != "factored"
-    capture = Capture(target, head, DTYPES[settings.dtype], selected, with_probs=with_probs)
-
-    def samples(shard: int, errors: EncodingErrors) -> Iterator[StoredSample | LostSample]:
-        tokens = [_token_sample(plan.table, int(row)) for row in plan.rows(shard)]
-        for captured in capture.run(tokens, settings.batch_size):
-            yield _store(plan, captured, errors)
-
-    work = [
-        ShardWork(shard, plan.num_tokens(shard), estimated, partial(samples, shard))
-        for shard, estimated in zip(missing, needed, strict=True)
-    ]
-    total = sum(item.num_tokens for item in work)
-    with Progress("precompute", total, unit="tok", enabled=settings.process_index == 0) as progress:
-        commit = None if publisher is None else publisher.commit
-        fill_shards(directory, identity, work, stop, progress, environment, STORE_LESS, commit)
-    _finish(plan, publisher)
+    else:
+        Filler(plan, stop, publisher).make(missing)
+    finish(plan, publisher)
     return len(missing)
+
+
+class Filler:
+    """The target, loaded once, and the cache begun: makes any shards of it.
+
+    Args:
+        plan: what the cache is; how much goes through the target at once is found out if it does not say.
+        stop: asked between samples.
+        publisher: as for `fill`.
+
+    Raises:
+        StoppedEarly: asked to stop. EagleOfflineError: see `eagle_offline.errors`.
+    """
+
+    def __init__(self, plan: Plan, stop: StopRequest, publisher: Publisher | None = None):
+        settings = plan.settings
+        model = load_model(plan.source, plan.device, settings.compute_dtype)
+        target = HFEagle3TargetModel(model, plan.identity.capture.aux_layer_ids)
+        check_capture(target, read_head(model), token_sample(plan.table, 0))
+        head = read_head(model).to(plan.device, DTYPES[settings.dtype])
+        selected = torch.from_numpy(plan.vocab.selected_token_ids)
+        with_probs = settings.target_encoding != "factored"
+        capture = Capture(target, head, DTYPES[settings.dtype], selected, with_probs=with_probs)
+        self._environment = describe_environment(plan.device)
+        self._stop, self._publisher = stop, publisher
+        with begun_by_one(settings.output_dir, stop) if plan.batching is None else nullcontext(None) as standing:
+            if plan.batching is None:
+                plan = plan.with_batching(
+                    Batching(max_batch_tokens=find_batch_tokens(capture, plan.table, plan.device))
+                    if standing is None
+                    else Batching(standing.batch_size, standing.max_batch_tokens)
+                )
+            manifest = write_companions(plan, model, head, self._environment)
+        if publisher is not None:
+            publisher.begin(manifest)
+        self._plan, self._capture = plan, capture
+
+    def make(self, shards: Sequence[int]) -> None:
+        """Make shards, one after another.
+
+        Raises:
+            StoppedEarly: asked to stop; committed shards stay. EagleOfflineError: see `eagle_offline.errors`.
+        """
+        plan, settings = self._plan, self._plan.settings
+        work = [
+            ShardWork(shard, plan.num_tokens(shard), plan.estimated_shard_bytes(shard), partial(self._samples, shard))
+            for shard in shards
+        ]
+        total = sum(item.num_tokens for item in work)
+        commit = None if self._publisher is None else self._publisher.commit
+        self._stream = SampleStream(plan, self._capture, shards, self._stop)
+        with (
+            Progress("precompute", total, unit="tok", enabled=settings.process_index == 0) as progress,
+            closing(self._stream) as stream,
+        ):
+            fill_shards(
+                settings.output_dir,
+                plan.identity,
+                work,
+                self._stop,
+                progress,
+                self._environment,
+                STORE_LESS,
+                commit,
+                stream.waited_share,
+            )
+
+    def _samples(self, shard: int, log: ShardLog) -> Iterator[StoredSample | LostSample]:
+        return self._stream.of_shard(shard, log)
 
 
 def _is_whole(directory: Path, recorded: Manifest, publisher: Publisher | None) -> bool:
@@ -112,52 +157,15 @@ def _is_whole(directory: Path, recorded: Manifest, publisher: Publisher | None) 
     return all((directory / name).is_file() for name in recorded.files)
 
 
-def _finish(plan: Plan, publisher: Publisher | None) -> None:
+def finish(plan: Plan, publisher: Publisher | None = None) -> None:
+    """Write the index once all shards are there."""
     if publisher is None:
         ensure_index(plan.settings.output_dir, plan.identity)
     else:
         publisher.finish(plan.identity)
 
 
-def _token_sample(table: TokenTable, row: int) -> TokenSample:
-    tokens = table[row]
-    return TokenSample(row, tokens.input_ids, tokens.loss_mask)
-
-
-def _store(plan: Plan, captured: CapturedSample, errors: EncodingErrors) -> StoredSample | LostSample:
-    """Return a captured sample encoded, or what is recorded in its stead.
-
-    Raises:
-        EagleOfflineError: values are not finite, and the settings say to stop.
-    """
-    tokens = captured.tokens
-    if not captured.finite:
-        row = plan.table[tokens.sample_id]
-        place = f"{plan.table.meta.sources[row.source].name}, row {row.row}"
-        if plan.settings.on_nonfinite == "stop":
-            raise EagleOfflineError(
-                f"sample {tokens.sample_id} ({place}): the target's states have NaN or infinite values as "
-                f"{plan.settings.dtype}; try --dtype bf16 or another --compute-dtype, or leave such samples out "
-                "with --on-nonfinite drop"
-            )
-        return LostSample(sample_id=tokens.sample_id, reason="non-finite states")
-    target = captured.last_hidden_state if captured.target_probs is None else captured.target_probs
-    capture = plan.identity.capture
-    framed = frames_columns(capture.format)
-    return StoredSample(
-        sample_id=tokens.sample_id,
-        input_ids=tokens.input_ids,
-        loss_mask=tokens.loss_mask,
-        target_argmax=captured.target_argmax,
-        target_log_normalizer=captured.target_log_normalizer,
-        columns=encode_fields(capture.fields, [*captured.aux_hidden_states, target], errors, framed=framed),
-        framed=framed,
-        num_in_vocab=captured.num_in_vocab,
-        vocab_mass=captured.vocab_mass,
-    )
-
-
-def _write_companions(plan: Plan, model: torch.nn.Module, head: Any, environment: dict[str, Any]) -> Manifest:
+def write_companions(plan: Plan, model: torch.nn.Module, head: Any, environment: dict[str, Any]) -> Manifest:
     """Write the manifest unless it is there, then the files it names; return the one that stands there.
 
     Raises:

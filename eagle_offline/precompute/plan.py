@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ from eagle_offline.config import PrecomputeSettings
 from eagle_offline.devices import resolve_device
 from eagle_offline.durable import make_directory
 from eagle_offline.errors import MismatchError
+from eagle_offline.precompute.batch_probe import CPU_BATCH_TOKENS, LOCK_FILE, STORE_BATCH_TOKENS
 from eagle_offline.provenance import digest_checkpoint
+from eagle_offline.target.batching import Batching
 from eagle_offline.target.layout import default_aux_layer_ids, validate_aux_layer_ids
 from eagle_offline.target.load import (
     TargetSource,
@@ -48,18 +50,23 @@ from eagle_offline.text.token_table import SourceRecord, TokenTable
 from eagle_offline.vocab import DraftVocab, choose_draft_vocab, resolve_size
 
 # Whatever else stands in an output directory belongs to somebody else.
-OWN_ENTRIES = {TOKENS_DIRECTORY, ASIDE_DIRECTORY, CONFIG_FILE, "status.json"}
+OWN_ENTRIES = {TOKENS_DIRECTORY, ASIDE_DIRECTORY, CONFIG_FILE, "status.json", LOCK_FILE}
 
 # Settings of a run; what it makes does not depend on them.
 _OF_A_RUN = {
     "output_dir",
     "staging_dir",
     "store_url",
+    "engine",
     "process_index",
     "process_count",
+    "ray_address",
+    "num_workers",
+    "gpus_per_worker",
     "grace_seconds",
     "rehash",
     "resume",
+    "accept_environment",
     "dry_run",
 }
 
@@ -115,17 +122,31 @@ class Plan:
         settings, capture = self.settings, self.identity.capture
         resolved = settings.model_copy(
             update={
-                "target_model": _absolute(settings.target_model),
-                "input_data": _absolute(settings.input_data),
-                "chat_template": None if settings.chat_template is None else _absolute(str(settings.chat_template)),
+                "target_model": absolute(settings.target_model),
+                "input_data": absolute(settings.input_data),
+                "chat_template": None if settings.chat_template is None else absolute(str(settings.chat_template)),
                 "revision": self.source.revision,
                 "data_revision": self.table.meta.sources[0].revision,
                 "draft_vocab_size": self.vocab.size,
                 "aux_layer_ids": tuple(capture.aux_layer_ids),
+                "batch_size": self.identity.batch_plan.batch_size,
+                "max_batch_tokens": self.identity.batch_plan.max_batch_tokens,
                 "device": self.identity.batch_plan.device_kind,
             }
         )
         return resolved.model_dump(mode="json", exclude=_OF_A_RUN)
+
+    @property
+    def batching(self) -> Batching | None:
+        """Return how much goes through the target at once, None while that is to be found out."""
+        plan = self.identity.batch_plan
+        known = plan.batch_size is not None or plan.max_batch_tokens is not None
+        return Batching(plan.batch_size, plan.max_batch_tokens) if known else None
+
+    def with_batching(self, batching: Batching) -> Plan:
+        """Return the plan with what was found out."""
+        batch_plan = self.identity.batch_plan.model_copy(update=vars(batching))
+        return replace(self, identity=self.identity.model_copy(update={"batch_plan": batch_plan}))
 
     @cached_property
     def sample_order(self) -> np.ndarray:
@@ -148,7 +169,7 @@ def check_output_directory(settings: PrecomputeSettings) -> Manifest | None:
     return begun_cache(directory, resume=settings.resume, own_entries=OWN_ENTRIES | MIRROR_ENTRIES)
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """Return the whole path of a file or directory; what is not there is the hub's."""
     path = Path(name).expanduser()
     return os.fsencode(path.absolute()).decode(errors="replace") if path.exists() else name
@@ -176,14 +197,11 @@ def refuse_other_settings(settings: PrecomputeSettings, tokenizer: Any, recorded
     """
     sources = resolve_sources(settings.input_data, split=settings.split, revision=settings.data_revision)
     dataset = recorded.identity.dataset.model_copy(
-        update={
-            "sources": _source_identities(sources),
-            "split": settings.split,
-            "shuffle_seed": settings.shuffle_seed,
-        }
+        update={"sources": source_identities(sources), "shuffle_seed": settings.shuffle_seed}
     )
     vocab_digest = recorded.defaults.draft_vocabulary.digest
-    refuse_drift(settings.output_dir, recorded.identity, _identity(settings, tokenizer, dataset, vocab_digest))
+    found = identity_of(settings, tokenizer, dataset, vocab_digest, recorded)
+    refuse_drift(settings.output_dir, recorded.identity, found)
 
 
 def plan_cache(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any, recorded: Manifest | None) -> Plan:
@@ -195,13 +213,12 @@ def plan_cache(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any, 
     source, config = resolve_config(settings)
     vocab = draft_vocab(settings, table, tokenizer)
     dataset = DatasetIdentity(
-        sources=_source_identities(table.meta.sources),
-        split=settings.split,
+        sources=source_identities(table.meta.sources),
         shuffle_seed=settings.shuffle_seed,
         num_samples=table.meta.num_rows,
         rows_digest=table.meta.rows_digest,
     )
-    identity = _identity(settings, tokenizer, dataset, vocab.digest)
+    identity = identity_of(settings, tokenizer, dataset, vocab.digest, recorded)
     if recorded is not None:
         refuse_drift(settings.output_dir, recorded.identity, identity)
         default = recorded.defaults.draft_vocabulary
@@ -244,7 +261,13 @@ def resolve_config(settings: PrecomputeSettings) -> tuple[TargetSource, Any]:
     return source, load_config(source)
 
 
-def _identity(settings: PrecomputeSettings, tokenizer: Any, dataset: DatasetIdentity, vocab_digest: str) -> Identity:
+def identity_of(
+    settings: PrecomputeSettings,
+    tokenizer: Any,
+    dataset: DatasetIdentity,
+    vocab_digest: str,
+    recorded: Manifest | None,
+) -> Identity:
     """Return what the cache is; no weight is loaded for it."""
     source, config = resolve_config(settings)
     text_config = config.get_text_config()
@@ -254,6 +277,7 @@ def _identity(settings: PrecomputeSettings, tokenizer: Any, dataset: DatasetIden
             id=source.id,
             revision=source.revision,
             checkpoint_digest=digest_checkpoint(source.directory, rehash=settings.rehash),
+            adapter=None,
             architecture=(config.architectures or [config.model_type])[0],
             num_layers=text_config.num_hidden_layers,
             hidden_size=text_config.hidden_size,
@@ -266,13 +290,29 @@ def _identity(settings: PrecomputeSettings, tokenizer: Any, dataset: DatasetIden
         ),
         dataset=dataset,
         capture=_capture_identity(settings, text_config, vocab_digest, device_kind),
-        batch_plan=BatchPlan(
-            batch_size=settings.batch_size,
-            order="length",
-            attention_implementation=attention_implementation(config),
-            tensor_parallel_size=1,
-            device_kind=device_kind,
-        ),
+        batch_plan=_batch_plan(settings, config, device_kind, recorded),
+    )
+
+
+def _batch_plan(settings: PrecomputeSettings, config: Any, device_kind: str, recorded: Manifest | None) -> BatchPlan:
+    """Return how samples go through the target: as asked for, else as a cache was begun, else what is known before."""
+    batch_size, max_batch_tokens = settings.batch_size, settings.max_batch_tokens
+    if batch_size is None and max_batch_tokens is None:
+        if recorded is not None:
+            batch_size = recorded.identity.batch_plan.batch_size
+            max_batch_tokens = recorded.identity.batch_plan.max_batch_tokens
+        elif device_kind == "cpu":
+            max_batch_tokens = CPU_BATCH_TOKENS
+        elif settings.store_url is not None and settings.process_count > 1:
+            max_batch_tokens = STORE_BATCH_TOKENS
+    return BatchPlan(
+        batch_size=batch_size,
+        max_batch_tokens=max_batch_tokens,
+        order="length",
+        attention_implementation=attention_implementation(config),
+        experts_implementation=None,
+        tensor_parallel_size=1,
+        device_kind=device_kind,
     )
 
 
@@ -287,11 +327,8 @@ def required_token_ids(source: TargetSource, tokenizer: Any) -> list[int]:
     return [token for token in ids if token is not None]
 
 
-def _source_identities(sources: Sequence[Source | SourceRecord]) -> list[SourceIdentity]:
-    return [
-        SourceIdentity(name=source.name, digest=source.digest, num_bytes=source.num_bytes, revision=source.revision)
-        for source in sources
-    ]
+def source_identities(sources: Sequence[Source | SourceRecord]) -> list[SourceIdentity]:
+    return [SourceIdentity.model_validate(source, from_attributes=True) for source in sources]
 
 
 def _capture_identity(
@@ -307,6 +344,7 @@ def _capture_identity(
         compute_dtype=settings.compute_dtype or own_dtype,
         state_encoding=settings.state_encoding,
         target_encoding=settings.target_encoding,
+        target_statistics="full",
         draft_vocab_digest=None if settings.target_encoding == "factored" else vocab_digest,
         shard_size=settings.shard_size,
         format=settings.format,

@@ -24,9 +24,11 @@ from eagle_offline.cache.zarr_shards import ZSTD_LEVEL
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.errors import EagleOfflineError, StoppedEarly
 from eagle_offline.interrupts import StopRequest
+from eagle_offline.precompute.batch_probe import CPU_BATCH_TOKENS, find_batch_tokens
 from eagle_offline.precompute.estimate_record import Probe
 from eagle_offline.progress import Progress
 from eagle_offline.supervision import Head
+from eagle_offline.target.batching import Batching
 from eagle_offline.target.capture import Capture, CapturedSample, TokenSample, check_capture
 from eagle_offline.target.hooks import HFEagle3TargetModel
 from eagle_offline.target.layout import read_head
@@ -134,8 +136,8 @@ def _let_go(settings: PrecomputeSettings, device: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise EagleOfflineError(
-            f"{device}: out of memory with --batch-size {settings.batch_size} and --seq-length {settings.seq_length}: "
-            "choose smaller ones, another --compute-dtype or --device, or --no-probe"
+            f"{device}: out of memory with --seq-length {settings.seq_length}: choose a smaller one, another "
+            "--compute-dtype or --device, or --no-probe"
         ) from error
     finally:
         gc.collect()
@@ -154,14 +156,14 @@ def _measure(
     fields = {layout: Measured() for layout in layouts}
     num_batches = num_tokens = num_nonfinite = num_probs = 0
     target_seconds = probs_seconds = 0.0
-    first, *others = probe_batches(table.lengths, settings.batch_size)
+    first, *others = probe_batches(table.lengths, _batching(settings, table, capture, selected_head.weight.device))
     begun = time.monotonic()
     with Progress("probe", 0, unit="tok") as progress:
         # The first batch comes twice: once to warm up, unless that alone takes all the time there is.
         for number, rows in enumerate((first, first, *others)):
             samples = [_sample(table, int(row)) for row in rows]
             started = time.monotonic()
-            captured = list(capture.run(samples, settings.batch_size))
+            captured = [sample for batch in capture.run(samples) for sample in batch]
             seconds = time.monotonic() - started
             if stop.requested:
                 raise StoppedEarly("stopped by a signal while the target was probed; nothing was kept but tokens")
@@ -174,7 +176,8 @@ def _measure(
             finite = [sample for sample in captured if sample.finite]
             num_nonfinite += len(captured) - len(finite)
             for sample in finite:
-                probs, seconds = _encode_in_every_way(settings, sample, selected_head, fields)
+                share = max(1, _ENCODED_ROWS // len(samples))
+                probs, seconds = _encode_in_every_way(settings, sample, share, selected_head, fields)
                 num_probs, probs_seconds = num_probs + probs, probs_seconds + seconds
             if is_late or time.monotonic() - begun > PROBE_SECONDS:
                 break
@@ -194,28 +197,44 @@ def _measure(
     return Measurements(probe, fields, target_seconds / num_tokens, probs_seconds / max(num_probs, 1))
 
 
-def probe_batches(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def _batching(settings: PrecomputeSettings, table: TokenTable, capture: Capture, device: torch.device) -> Batching:
+    """Return how much a precompute with these settings would put through the target at once."""
+    if settings.batch_size is not None or settings.max_batch_tokens is not None:
+        return Batching(settings.batch_size, settings.max_batch_tokens)
+    found = CPU_BATCH_TOKENS if device.type == "cpu" else find_batch_tokens(capture, table, str(device))
+    return Batching(max_batch_tokens=found)
+
+
+def probe_batches(lengths: np.ndarray, batching: Batching) -> list[np.ndarray]:
     """Return rows of the batches to probe: samples of like length, from the middle and the outer thirds of all tokens.
 
     Example:
-        >>> [rows.tolist() for rows in probe_batches(np.array([9, 2, 5, 7, 5]), 2)]
-        [[3, 0], [2, 4], [3, 0]]
+        >>> [rows.tolist() for rows in probe_batches(np.array([9, 2, 5, 7, 5]), Batching(batch_size=2))]
+        [[0, 3], [2, 4], [0, 3]]
     """
     order = np.argsort(lengths, kind="stable")
     tokens = np.cumsum(lengths[order], dtype=np.int64)
     places = np.searchsorted(tokens, [share * tokens[-1] for share in _PROBE_SHARES])
-    starts = np.clip(places - (batch_size - 1) // 2, 0, max(len(order) - batch_size, 0))
-    return [order[start : start + batch_size] for start in starts]
+    return [_batch_around(order, place, lengths, batching) for place in places]
+
+
+def _batch_around(order: np.ndarray, place: int, lengths: np.ndarray, batching: Batching) -> np.ndarray:
+    """Return rows of a batch of samples about as long as the one at a place of the order of lengths."""
+    # As many as the place's own length lets in, it among them; where there are fewer, what there is.
+    size = batching.batch_size or max(1, (batching.max_batch_tokens or 1) // int(lengths[order[place]]))
+    start = int(np.clip(place - (size - 1) // 2, 0, max(len(order) - size, 0)))
+    rows = order[start : start + size]
+    return rows[batching.batches(lengths[rows].tolist())[0]]
 
 
 def _encode_in_every_way(
     settings: PrecomputeSettings,
     sample: CapturedSample,
+    share: int,
     selected_head: Head,
     fields: dict[FieldLayout, Measured],
 ) -> tuple[int, float]:
     """Add what some rows of a sample cost in every layout; return rows and seconds of making probabilities."""
-    share = max(1, _ENCODED_ROWS // settings.batch_size)
     final = _some(sample.last_hidden_state, share)
     started = time.monotonic()
     with torch.inference_mode():

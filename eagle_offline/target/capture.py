@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from eagle_offline.errors import MismatchError
 from eagle_offline.supervision import Head, supervised_positions
+from eagle_offline.target.copies import Copies
 from eagle_offline.target.hooks import HFEagle3TargetModel
 
 # How far logits recomputed from the final state may be from the model's own, relative to their largest value.
@@ -55,23 +57,12 @@ class CapturedSample:
     finite: bool
 
 
-def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Return positions grouped into batches of similar length: sorted by length, ties in order.
-
-    Example:
-        >>> length_batches([5, 2, 9, 2], 2)
-        [[1, 3], [0, 2]]
-    """
-    order = sorted(range(len(lengths)), key=lambda position: lengths[position])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
 class Capture:
     """Captures samples in the dtype they are stored in.
 
     Args:
         target: the frozen target.
-        head: its head in the stored dtype, on the target's device.
+        head: its head in the stored dtype, on the device that what was captured goes through.
         dtype: of stored states.
         selected_token_ids: int64 ``[Vd]``, the draft vocabulary.
         with_probs: probabilities over it are to be stored.
@@ -86,47 +77,112 @@ class Capture:
         *,
         with_probs: bool = False,
     ):
+        self._device = head.weight.device
+        # On a CPU products are float32: widening the rows once instead of for every batch changes no value.
+        head = head.to("cpu", torch.float32) if self._device.type == "cpu" else head
         self._target, self._head, self._dtype = target, head, dtype
         self._selected_head = head.select(selected_token_ids) if with_probs else None
-        self._selected_token_mask = torch.zeros(head.vocab_size, dtype=torch.bool)
-        self._selected_token_mask[selected_token_ids] = True
+        selected_token_mask = torch.zeros(head.vocab_size, dtype=torch.bool)
+        selected_token_mask[selected_token_ids] = True
+        self._selected_token_mask = selected_token_mask.to(self._device)
+        self._copies = Copies(self._device)
 
-    def run(self, samples: Sequence[TokenSample], batch_size: int) -> Iterator[CapturedSample]:
-        """Yield every sample captured, shorter ones first; what is held in memory is one batch."""
-        for batch in length_batches([len(sample.input_ids) for sample in samples], batch_size):
-            yield from self._run_batch([samples[position] for position in batch])
+    def run(self, samples: Sequence[TokenSample]) -> list[CapturedBatch]:
+        """Put samples through the target together, or in halves where memory does not suffice.
 
-    def _run_batch(self, samples: Sequence[TokenSample]) -> Iterator[CapturedSample]:
-        input_ids = torch.zeros(len(samples), max(len(sample.input_ids) for sample in samples), dtype=torch.int64)
+        What is returned may still be on its way from the device; what was returned before has arrived.
+
+        Raises:
+            torch.OutOfMemoryError: memory does not suffice for one sample.
+        """
+        try:
+            return [self._run(samples)]
+        except torch.OutOfMemoryError:
+            if len(samples) == 1:
+                raise
+        # Not in the handler: its traceback holds what is to be freed.
+        gc.collect()
+        torch.cuda.empty_cache()
+        middle = len(samples) // 2
+        return [replace(half, halved=True) for part in (samples[:middle], samples[middle:]) for half in self.run(part)]
+
+    def _run(self, samples: Sequence[TokenSample]) -> CapturedBatch:
+        lengths = [len(sample.input_ids) for sample in samples]
+        width = max(lengths)
+        input_ids = torch.zeros(len(samples), width, dtype=torch.int64)
+        places, supervised = [], []
         for row, sample in enumerate(samples):
-            input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
-        layers, last = self._target.capture(input_ids)
-        positions = [supervised_positions(torch.tensor(sample.loss_mask)).nonzero().squeeze(-1) for sample in samples]
-        hidden = torch.cat([last[row, where.to(last.device)] for row, where in enumerate(positions)]).to(self._dtype)
+            input_ids[row, : lengths[row]] = torch.from_numpy(sample.input_ids)
+            places.append(torch.arange(row * width, row * width + lengths[row]))
+            supervised.append(places[-1][supervised_positions(torch.from_numpy(sample.loss_mask))])
+        layers, last = self._target.capture(self._copies.to_device(input_ids))
         with torch.inference_mode():
+            # Padding stays behind: a batch travels as its tokens end to end.
+            real = self._copies.to_device(torch.cat(places))
+            aux = [self._stored(layer, real) for layer in layers]
+            hidden = self._stored(last, self._copies.to_device(torch.cat(supervised)))
             argmax, log_normalizer, mass = self._head.statistics(hidden, self._selected_token_mask)
-            probs = None if self._selected_head is None else self._selected_head.logits(hidden).softmax(dim=-1)
-        counts = [len(where) for where in positions]
-        split_hidden = hidden.cpu().split(counts)
-        split_argmax, split_normalizer = argmax.cpu().split(counts), log_normalizer.cpu().split(counts)
-        split_mass = mass.cpu().split(counts)
-        split_probs = [None] * len(samples) if probs is None else probs.cpu().split(counts)
-        for row, sample in enumerate(samples):
-            length = len(sample.input_ids)
-            aux = [layer[row, :length].to(self._dtype).cpu() for layer in layers]
-            stored = [*aux, split_hidden[row], split_normalizer[row]]
-            supervised = torch.tensor(sample.loss_mask).bool()[positions[row]]
-            in_vocab = self._selected_token_mask[split_argmax[row].long()]
+            by_tokens = {f"aux_{number}": states for number, states in enumerate(aux)}
+            by_tokens["finite"] = torch.stack([states.isfinite().all(dim=-1) for states in aux]).all(dim=0)
+            by_positions = {
+                "hidden": hidden,
+                "argmax": argmax,
+                "log_normalizer": log_normalizer,
+                "mass": mass,
+                "in_vocab": self._selected_token_mask[argmax.long()],
+                "finite": hidden.isfinite().all(dim=-1) & log_normalizer.isfinite(),
+            }
+            if self._selected_head is not None:
+                by_positions["probs"] = self._selected_head.logits(hidden).softmax(dim=-1)
+        arrived = self._copies.to_host(by_tokens, by_positions)
+        return CapturedBatch(samples, [len(where) for where in supervised], arrived)
+
+    def _stored(self, states: Tensor, places: Tensor) -> Tensor:
+        """Return ``[N, H]`` in the stored dtype: the states ``[B, T, H]`` at places of the batch laid end to end."""
+        return states.flatten(0, 1).index_select(0, places.to(states.device)).to(self._device, self._dtype)
+
+
+@dataclass(frozen=True)
+class CapturedBatch:
+    """Samples that went through the target together, their states perhaps still on the way to the host.
+
+    Attributes:
+        samples: in the batch's order.
+        num_positions: supervised positions of each.
+        arrived: waits for what came of them, and returns it by name: ``[ΣT, …]``, and ``[ΣP, …]``.
+        halved: memory did not suffice for all that were to go together.
+    """
+
+    samples: Sequence[TokenSample]
+    num_positions: Sequence[int]
+    arrived: Callable[[], Sequence[dict[str, Tensor]]]
+    halved: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sample.input_ids) for sample in self.samples)
+
+    def __iter__(self) -> Iterator[CapturedSample]:
+        """Yield the samples, once their states are there; views of the batch's."""
+        by_tokens, by_positions = self.arrived()
+        lengths = [len(sample.input_ids) for sample in self.samples]
+        tokens = {name: tensor.split(lengths) for name, tensor in by_tokens.items()}
+        positions = {name: tensor.split(list(self.num_positions)) for name, tensor in by_positions.items()}
+        aux_names = [name for name in tokens if name.startswith("aux_")]
+        for row, sample in enumerate(self.samples):
+            of_sample = {name: parts[row] for name, parts in positions.items()}
+            mask = torch.from_numpy(sample.loss_mask).bool()
+            supervised = mask[supervised_positions(mask)]
             yield CapturedSample(
                 tokens=sample,
-                aux_hidden_states=aux,
-                last_hidden_state=split_hidden[row],
-                target_probs=split_probs[row],
-                target_argmax=split_argmax[row].numpy(),
-                target_log_normalizer=split_normalizer[row].numpy(),
-                num_in_vocab=int((supervised & in_vocab).sum()),
-                vocab_mass=float(split_mass[row][supervised].double().sum()),
-                finite=all(bool(tensor.isfinite().all()) for tensor in stored),
+                aux_hidden_states=[tokens[name][row] for name in aux_names],
+                last_hidden_state=of_sample["hidden"],
+                target_probs=of_sample.get("probs"),
+                target_argmax=of_sample["argmax"].numpy(),
+                target_log_normalizer=of_sample["log_normalizer"].numpy(),
+                num_in_vocab=int((supervised & of_sample["in_vocab"]).sum()),
+                vocab_mass=float(of_sample["mass"][supervised].double().sum()),
+                finite=bool(tokens["finite"][row].all()) and bool(of_sample["finite"].all()),
             )
 
 

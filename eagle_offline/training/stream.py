@@ -14,9 +14,9 @@ import torch
 
 from eagle_offline.data.feed import feed
 from eagle_offline.data.mixture import CacheMixture
-from eagle_offline.data.prefetch import prefetch
 from eagle_offline.data.stored_pack import PackReader
 from eagle_offline.errors import DataError
+from eagle_offline.prefetch import prefetch
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.corpus import Corpus
 from eagle_offline.training.draft_start import DraftChoice

@@ -88,19 +88,21 @@ def identity(
 ) -> Identity:
     return Identity(
         target=TargetIdentity(
-            id="t", revision=None, checkpoint_digest="0", architecture="L", num_layers=2, hidden_size=8, vocab_size=9
+            id="t", revision=None, checkpoint_digest="0", adapter=None, architecture="L", num_layers=2, hidden_size=8,
+            vocab_size=9,
         ),
         text=TextIdentity(tokenizer_digest="0", template_digest="0", seq_length=seq_length),
-        dataset=DatasetIdentity(sources=[], split=None, shuffle_seed=None, num_samples=num_samples, rows_digest="0"),
+        dataset=DatasetIdentity(sources=[], shuffle_seed=None, num_samples=num_samples, rows_digest="0"),
         capture=CaptureIdentity.model_validate(
             {
                 "aux_layer_ids": [0], "dtype": "bf16", "compute_dtype": "bf16", "state_encoding": "raw",
-                "target_encoding": "factored", "draft_vocab_digest": None, "shard_size": num_samples, "format": "zarr",
-                "compressor": compressor, "fields": list(fields),
+                "target_encoding": "factored", "target_statistics": "full", "draft_vocab_digest": None,
+                "shard_size": num_samples, "format": "zarr", "compressor": compressor, "fields": list(fields),
             }
         ),
         batch_plan=BatchPlan(
-            batch_size=1, order="length", attention_implementation="eager", tensor_parallel_size=1, device_kind="cpu"
+            batch_size=1, max_batch_tokens=None, order="length", attention_implementation="eager",
+            experts_implementation=None, tensor_parallel_size=1, device_kind="cpu",
         ),
     )  # fmt: skip
 
@@ -238,7 +240,7 @@ def test_metadata_says_whose_it_is(tmp_path: Path) -> None:
     layout = layout_of(identity(ALL_FIELDS), 0)
     write(tmp_path / "s", layout, [])
     attributes = zarr.open_group(tmp_path / "s", mode="r").attrs
-    assert (attributes["format"], attributes["version"], attributes["shard"]) == ("eagle-offline-cache", 2, 0)
+    assert (attributes["format"], attributes["version"], attributes["shard"]) == ("eagle-offline-cache", 3, 0)
     assert attributes["identity_digest"] == "d" * 32
     assert [FieldLayout.model_validate(field) for field in attributes["fields"]] == ALL_FIELDS  # type: ignore[union-attr]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from eagle_offline.data.feed import _one_ahead, feed, mapped
-from eagle_offline.data.prefetch import prefetch
+from eagle_offline.prefetch import prefetch
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from eagle_offline.errors import MismatchError
 from eagle_offline.supervision import HEAD_CHUNK_ROWS, Head
-from eagle_offline.target.capture import TokenSample, check_capture, length_batches
+from eagle_offline.target.capture import TokenSample, check_capture
 from eagle_offline.target.hooks import HFEagle3TargetModel
 from eagle_offline.target.layout import read_head
 from tests import builders
@@ -105,14 +105,3 @@ def test_ties_over_chunks_go_to_the_lowest_id() -> None:
         weight[row] = 1.0
     argmax, _ = Head(weight).argmax_and_log_normalizer(torch.tensor([[1.0, 1.0], [-1.0, -1.0], [0.0, 0.0]]))
     assert argmax.tolist() == [HEAD_CHUNK_ROWS - 1, 0, 0]
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
-def test_batches_are_of_similar_length_and_hold_every_sample_once(batch_size: int) -> None:
-    lengths = [5, 2, 9, 2, 7, 7, 1]
-    batches = length_batches(lengths, batch_size)
-    assert sorted(position for batch in batches for position in batch) == list(range(7))
-    flat = [lengths[position] for batch in batches for position in batch]
-    assert flat == sorted(lengths)
-    assert all(len(batch) == batch_size for batch in batches[:-1])
-    assert [p for batch in batches for p in batch if lengths[p] == 2] == [1, 3]
