@@ -27,11 +27,11 @@ from benchmarks.unroll_ways import necessary_flops
 from eagle_offline import open_cache, stages
 from eagle_offline.cache.reader import Cache
 from eagle_offline.data.feed import feed
-from eagle_offline.prefetch import prefetch
 from eagle_offline.data.sampler import plan_packs, shuffled_samples
 from eagle_offline.data.stored_pack import PackReader
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.objectives.ttt_loss import STEP_DECAY, StepWeights
+from eagle_offline.prefetch import prefetch
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.logbook import read_metrics
 from eagle_offline.training.packs import TrainingPack, plan_pack, run_pack

@@ -26,7 +26,16 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"
 
 # Shortest first: an hour with a GPU that ends early has still given the most rows.
-BENCHMARKS = ("startup", "open_speed", "cache_size", "read_speed", "data_wait", "train_step", "quickstart")
+BENCHMARKS = (
+    "startup",
+    "open_speed",
+    "cache_size",
+    "read_speed",
+    "data_wait",
+    "train_step",
+    "capture_speed",
+    "quickstart",
+)
 
 # Those that need an environment of their own or most of an hour, and run when they are named.
 SEPARATE = ("interop", "ablation", "accept_by_encoding")

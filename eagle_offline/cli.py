@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
-from pydantic import BaseModel
 
 from eagle_offline import __version__
 from eagle_offline.cache.layout import CONFIG_FILE, MANIFEST_FILE
@@ -22,10 +21,13 @@ from eagle_offline.config import (
     EstimateSettings,
     EvaluateSettings,
     ExportSettings,
+    ImportSettings,
     PlotSettings,
     PrecomputeSettings,
+    PreviewSettings,
     RepairSettings,
     ReportSettings,
+    Settings,
     TokenizeSettings,
     VerifySettings,
     build,
@@ -91,7 +93,7 @@ def _spread_lists(args: list[str], list_flags: set[str]) -> list[str]:
     return spread
 
 
-def settings_command(group: click.Group, name: str, kind: type[BaseModel], examples: str) -> Callable[..., Any]:
+def settings_command(group: click.Group, name: str, kind: type[Settings], examples: str) -> Callable[..., Any]:
     """Return a decorator that makes a command of ``group`` whose flags are the fields of ``kind``."""
 
     def decorate(function: Callable[[Any], None]) -> click.Command:
@@ -106,7 +108,7 @@ def settings_command(group: click.Group, name: str, kind: type[BaseModel], examp
 
         command = _Command(name, callback=callback, help=function.__doc__, epilog=examples)
         for field, info in kind.model_fields.items():
-            if not _extra(info).get("hidden"):
+            if not _extra(info).get("hidden") and field not in kind.without:
                 command.params.append(_option(field, info))
         config_help = "YAML file of settings; flags win over it."
         command.params.append(click.Option(["--config"], type=_LocalPath(path_type=Path), help=config_help))
@@ -177,7 +179,9 @@ def cli() -> None:
 
     \b
     eagle-offline quickstart                                   the whole job on an embedded example
+    eagle-offline preview --target-model M --input-data D      samples of chat data, supervised tokens marked
     eagle-offline precompute --target-model M --input-data D --output-dir C --resume
+    eagle-offline import STATES --target-model M --input-data D --output-dir C     what vLLM or NeMo has dumped
     eagle-offline inspect-manifest C --verify
     eagle-offline convert C --output-dir D --state-encoding fp8   the same cache stored otherwise, without the target
     eagle-offline train --cache C --output-dir O --resume
@@ -195,9 +199,37 @@ def cli() -> None:
 )
 def _tokenize(settings: TokenizeSettings) -> None:
     """Turn chat data into tokens and loss masks (CPU only). `precompute` does this itself when it is not done."""
+    from eagle_offline.interrupts import StopRequest
     from eagle_offline.stages import tokenize
 
-    _show(tokenize(settings).meta.model_dump(mode="json"))
+    with StopRequest(0) as stop:
+        _show(tokenize(settings, stop=stop).meta.model_dump(mode="json"))
+
+
+@settings_command(
+    cli,
+    "preview",
+    PreviewSettings,
+    """
+    eagle-offline preview --target-model M --input-data chat.jsonl 'owner/name:train[:5%]'
+    eagle-offline preview … --num-samples 10 --seed 1 --html preview.html
+    eagle-offline preview … --tokens-dir TOKENS      (all rows, tokenised once for every later command)
+    """,
+)
+def _preview(settings: PreviewSettings) -> None:
+    """Show what becomes of chat data: samples with their supervised tokens, and the rows left out, and why."""
+    from eagle_offline.preview_page import render_text
+    from eagle_offline.stages import preview
+
+    found = preview(settings)
+    if settings.as_json:
+        # In ASCII: text of a stranger's data may be no Unicode, or act on a terminal.
+        click.echo(json.dumps(found.model_dump(mode="json"), indent=2))
+    else:
+        colour = _colour() if settings.colour is None else settings.colour
+        click.echo(_encodable(render_text(found, colour=colour)), color=colour)
+    if not found.taken:
+        raise SystemExit(EXIT_DATA)
 
 
 @settings_command(
@@ -229,14 +261,38 @@ def _estimate(settings: EstimateSettings) -> None:
     """
     eagle-offline precompute --target-model meta-llama/Llama-3.1-8B-Instruct --input-data chat.jsonl --output-dir C
     eagle-offline precompute … --output-dir C --resume              (after any interruption)
+    torchrun --nproc-per-node 8 -m eagle_offline precompute … --output-dir C    (a copy of the target a GPU)
+    torchrun --nproc-per-node 8 -m eagle_offline precompute … --tensor-parallel-size 4      (two copies, four GPUs each)
+    eagle-offline precompute … --process-index $SLURM_ARRAY_TASK_ID --process-count 8 --resume       (a job array)
+    eagle-offline precompute … --engine ray --ray-address auto                  (a Ray cluster)
     eagle-offline precompute … --aux-layer-ids 1 15 28 --dry-run    (check and plan, write no shard)
     """,
 )
 def _precompute(settings: PrecomputeSettings) -> None:
     """Run the target over chat data once and write its states as a cache."""
+    from eagle_offline.launch import read_launch
     from eagle_offline.stages import precompute
 
-    _show(precompute(settings))
+    result = precompute(settings)
+    if read_launch().rank == 0:
+        _show(result)
+
+
+@settings_command(
+    cli,
+    "import",
+    ImportSettings,
+    """
+    eagle-offline import hidden_states --target-model M --input-data chat.jsonl --output-dir C --aux-layer-ids 1 15 28
+    eagle-offline import nemo_cache --from nemo --target-model M --input-data chat.jsonl --output-dir C
+    eagle-offline import … --on-mismatch drop --resume
+    """,
+)
+def _import(settings: ImportSettings) -> None:
+    """Write a cache from states that vLLM (speculators) or NeMo AutoModel has dumped; the target does not run."""
+    from eagle_offline.stages import import_states
+
+    _show(import_states(settings))
 
 
 @settings_command(
@@ -305,11 +361,15 @@ def _inspect(cache: str, as_json: bool, verify: bool, sample: int | None, colour
     else:
         from eagle_offline.inspection_page import render_text
 
-        if colour is None:
-            colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        colour = _colour() if colour is None else colour
         click.echo(_encodable(render_text(description, colour=colour)), color=colour)
     if description["problems"]:
         raise SystemExit(EXIT_DATA)
+
+
+def _colour() -> bool:
+    """Say whether stdout is to be coloured unasked."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _encodable(text: str) -> str:

@@ -27,6 +27,7 @@ from eagle_offline.cache.layout import (
 )
 from eagle_offline.cache.manifest import Manifest, first_problem, read_json_object, read_manifest
 from eagle_offline.cache.remote import Mirror, RemoteCache, is_url, mirror_directory
+from eagle_offline.cache.saved_settings import maker
 from eagle_offline.cache.writer import read_record
 from eagle_offline.config import require_path
 from eagle_offline.errors import DataError, UsageError
@@ -80,7 +81,7 @@ def describe_cache(cache: Path | str, *, verify: bool = False, sample: int | Non
     index, problems = _committed(path, sizes, manifest)
     if sample is not None and not 0 <= sample < len(index):
         raise UsageError(f"--sample {sample}: {cache} holds {f'0 to {len(index) - 1}' if len(index) else 'no sample'}")
-    problems += [*_missing_companions(cache, companions, manifest), *_missing_shards(sizes, index)]
+    problems += [*_missing_companions(cache, companions, manifest), *_missing_shards(sizes, index, manifest)]
     meta, unreadable = read_meta(path)
     problems += [] if unreadable is None else [unreadable]
     number = choose_sample(index) if sample is None else sample
@@ -179,14 +180,14 @@ def _missing_companions(cache: Path | str, sizes: dict[str, int | None], manifes
     for name, recorded in manifest.files.items():
         size = sizes[name]
         if size is None:
-            yield f"{name}: missing; run precompute --resume to write it again"
+            yield f"{name}: missing; run {maker(manifest)} --resume to write it again"
         elif size != recorded.num_bytes:
             yield f"{name}: {size} bytes, expected {recorded.num_bytes}; {repair_way_out(cache)}"
 
 
-def _missing_shards(sizes: dict[str, int | None], index: SampleIndex) -> Iterator[str]:
+def _missing_shards(sizes: dict[str, int | None], index: SampleIndex, manifest: Manifest) -> Iterator[str]:
     for entry in index.entries:
-        again = f"delete {record_file(entry.shard)} and run precompute --resume to make it again"
+        again = f"delete {record_file(entry.shard)} and run {maker(manifest)} --resume to make it again"
         if entry.file not in sizes:
             yield f"{entry.file}: missing; {again}"
         elif sizes[entry.file] not in (None, entry.file_bytes):
@@ -268,11 +269,12 @@ def _vocabulary(manifest: Manifest, index: SampleIndex) -> VocabularyFacts:
         note = "no supervised token is stored"
     elif not in_vocab and not mass:
         note = "the shards do not record it"
+    mass_known = note is None and manifest.identity.capture.target_statistics == "full"
     return VocabularyFacts(
         size=vocabulary.size,
         digest=vocabulary.digest,
         supervised_tokens_share=vocabulary.coverage,
         argmax_share=None if note else in_vocab / supervised,
-        mass_share=None if note else known(mass / supervised),
-        note=note,
+        mass_share=known(mass / supervised) if mass_known else None,
+        note=note if note or mass_known else "the states were imported without it",
     )

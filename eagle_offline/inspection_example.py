@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from eagle_offline.cache.index import SampleIndex
 from eagle_offline.cache.layout import TARGET_DIRECTORY, TOKENS_DIRECTORY
 from eagle_offline.errors import one_line
 from eagle_offline.inspection_record import Example, SampleFacts
 from eagle_offline.inspection_rows import TableRow, file_size, read_row
+from eagle_offline.sample_text import BRIEF, first_shown, token_texts
 from eagle_offline.text.token_table import TOKENS_FILE, TokenTableMeta
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 TOKENIZER_FILE = f"{TARGET_DIRECTORY}/tokenizer.json"
 
 # The first sample of a length in between is shown: long enough to have turns, short enough to be seen whole.
 _MODERATE_TOKENS = (32, 512)
-_SHOWN_TOKENS = 256
-
-# Of a sample whose supervision begins far behind its start, what is shown begins this many tokens before it.
-_TOKENS_BEFORE = 16
 
 # Ten times the largest tokenizer of today.
 _MAX_TOKENIZER_BYTES = 512 << 20
@@ -54,8 +47,8 @@ def read_example(path: Path, index: SampleIndex, number: int, meta: TokenTableMe
         what = "cannot be read" if found is None else "holds another sample in its place"
         nothing = TableRow(None, None, [], [])
         return _example(facts, nothing, 0, tokens=None, problem=f"{TOKENS_DIRECTORY}/{TOKENS_FILE} {what}")
-    first = _first_shown(found.loss_mask)
-    tokens, problem = _decoded(path / TOKENIZER_FILE, found.input_ids[first : first + _SHOWN_TOKENS])
+    first = first_shown(found.loss_mask)
+    tokens, problem = _decoded(path / TOKENIZER_FILE, found.input_ids[first : first + BRIEF.tokens])
     return _example(facts, found, first, tokens=tokens, problem=problem)
 
 
@@ -67,17 +60,11 @@ def _example(
         file=found.file,
         row=found.row,
         first_token=first,
-        token_ids=found.input_ids[first : first + _SHOWN_TOKENS],
-        loss_mask=found.loss_mask[first : first + _SHOWN_TOKENS],
+        token_ids=found.input_ids[first : first + BRIEF.tokens],
+        loss_mask=found.loss_mask[first : first + BRIEF.tokens],
         tokens=tokens,
         problem=problem,
     )
-
-
-def _first_shown(loss_mask: list[int]) -> int:
-    """Return where to begin so that supervised tokens are seen."""
-    first_supervised = loss_mask.index(1) if 1 in loss_mask else 0
-    return 0 if first_supervised < _SHOWN_TOKENS // 4 else first_supervised - _TOKENS_BEFORE
 
 
 def _decoded(file: Path, ids: list[int]) -> tuple[list[str] | None, str | None]:
@@ -90,29 +77,13 @@ def _decoded(file: Path, ids: list[int]) -> tuple[list[str] | None, str | None]:
     try:
         from tokenizers import Tokenizer
 
-        return _pieces(Tokenizer.from_file(str(file)), ids), None
+        tokenizer = Tokenizer.from_file(str(file))
+        return token_texts(
+            ids,
+            lambda known: tokenizer.decode(known, skip_special_tokens=False),
+            lambda token: token >= 0 and tokenizer.id_to_token(token) is not None,
+        ), None
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library raises bare Exceptions, and its panics are not even that
         return None, f"{TOKENIZER_FILE} cannot be used: {one_line(error)}"
-
-
-def _pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """Return what each token adds to the text; a character cut in two belongs to the token that completes it."""
-    pieces: list[str] = []
-    known: list[int] = []
-    text = longer = ""
-    for token in ids:
-        if token < 0 or tokenizer.id_to_token(token) is None:
-            pieces.append(f"<{token}>")
-            continue
-        known.append(token)
-        longer = tokenizer.decode(known, skip_special_tokens=False)
-        if longer.endswith("\ufffd"):
-            pieces.append("")
-        else:
-            pieces.append(longer[len(text) :])
-            text = longer
-    if len(longer) > len(text):  # the last character is cut in two by the end of the stretch
-        pieces[-1] += longer[len(text) :]
-    return pieces

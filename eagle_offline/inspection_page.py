@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import groupby
 from typing import Any
 
-from eagle_offline.cache.manifest import Conversion
-from eagle_offline.errors import printable
-from eagle_offline.inspection_record import Example, Inspection, LeftOut, SampleFacts
+from eagle_offline.cache.manifest import Conversion, ImportedStates
+from eagle_offline.inspection_record import Inspection, LeftOut
 from eagle_offline.pages import Row, text_facts, text_table
+from eagle_offline.sample_text import as_line, sample_lines, sample_size
 
 _BAR_WIDTH = 40
-_MAX_LINE = 1000
 _MAX_LISTED = 8
 _MAX_PROBLEMS = 20
-
-_EXAMPLE_LINES = 60
-_EXAMPLE_CHARACTERS = 600
-_MARKS = ("[[", "]]")
-_COLOURS = ("\x1b[1;32m", "\x1b[0m")
 
 
 def render_text(description: dict[str, Any], *, colour: bool = False) -> str:
@@ -38,14 +31,9 @@ def render_text(description: dict[str, Any], *, colour: bool = False) -> str:
         ["samples by length in tokens", *_bars(inspection)],
         _left_out(inspection),
     ]
-    lines = "\n\n".join("\n".join(map(_line, section)) for section in sections if section)
-    example = [] if inspection.example is None else _example(inspection.example, colour)
+    lines = "\n\n".join("\n".join(map(as_line, section)) for section in sections if section)
+    example = [] if inspection.example is None else sample_lines(inspection.example, colour=colour)
     return "\n\n".join([lines, *(["\n".join(example)] if example else []), *_problems(inspection.problems)])
-
-
-def _line(text: str) -> str:
-    """Return text as one line that a terminal only shows, no longer than a line may be."""
-    return printable(text if len(text) <= _MAX_LINE else text[:_MAX_LINE] + "…")
 
 
 def _standing(inspection: Inspection) -> list[Row]:
@@ -91,9 +79,16 @@ def _origin(inspection: Inspection) -> list[Row]:
     ]
     return [
         *rows,
+        *([] if identity.imported_from is None else [("imported from", _import(identity.imported_from))]),
         *_conversions(identity.converted_from),
         ("begun", f"{inspection.begun_at}  {_environment(inspection.manifest.environment)}"),
     ]
+
+
+def _import(origin: ImportedStates) -> str:
+    """Return which tool's states a cache was made from."""
+    tool = {"speculators": "speculators or vLLM", "nemo": "NeMo AutoModel"}[origin.tool]
+    return f"states of {tool}, {origin.digest}"
 
 
 def _conversions(origin: Conversion | None) -> list[Row]:
@@ -129,8 +124,8 @@ def _contents(inspection: Inspection) -> list[Row]:
     if inspection.extremes is not None:
         ends = inspection.extremes
         rows += [
-            ("  most, least", f"{_sample(ends.most_supervised)}; {_sample(ends.least_supervised)}"),
-            ("longest, shortest", f"{_sample(ends.longest)}; {_sample(ends.shortest)}"),
+            ("  most, least", f"{sample_size(ends.most_supervised)}; {sample_size(ends.least_supervised)}"),
+            ("longest, shortest", f"{sample_size(ends.longest)}; {sample_size(ends.shortest)}"),
         ]
     return [
         *rows,
@@ -139,10 +134,6 @@ def _contents(inspection: Inspection) -> list[Row]:
         ("  target's choices", _inside(vocabulary.argmax_share, vocabulary.note)),
         ("  target's probability", _inside(vocabulary.mass_share, vocabulary.note)),
     ]
-
-
-def _sample(sample: SampleFacts) -> str:
-    return f"sample {sample.index} ({sample.num_supervised:,} of {sample.num_tokens:,} tokens)"
 
 
 def _part(inspection: Inspection) -> str:
@@ -241,53 +232,12 @@ def _such_as(example: LeftOut | None) -> str:
     return f", such as {where}{example.detail or example.reason}"
 
 
-def _example(example: Example, colour: bool) -> list[str]:
-    """Return a sample's text, its supervised tokens marked, and what of it is not shown."""
-    where = "" if example.file is None else f", {example.file} row {example.row}"
-    marked = "in colour" if colour else f"in {' '.join(_MARKS)}"
-    lines = [_line(f"{_sample(example.sample)}{where}; supervised tokens {marked}")]
-    if example.problem is not None:
-        lines.append(_line(f"  not as text: {example.problem}"))
-    if example.first_token:
-        lines.append(f"  … {example.first_token:,} tokens before")
-    pieces = _shown_pieces(example)
-    lines += [f"  | {line}" for line in _marked(pieces, example.loss_mask, colour).split("\n")] if pieces else []
-    if after := example.sample.num_tokens - example.first_token - len(pieces):
-        lines.append(f"  … {after:,} tokens after")
-    return lines
-
-
-def _shown_pieces(example: Example) -> list[str]:
-    """Return what is shown of each token, its line breaks left in, of as many as there is room for."""
-    tokens = [f"{token} " for token in example.token_ids] if example.tokens is None else example.tokens
-    pieces: list[str] = []
-    characters, num_lines = 0, 1
-    for token in tokens:
-        piece = "\n".join(map(_line, token.split("\n")))
-        characters, num_lines = characters + len(piece), num_lines + piece.count("\n")
-        if characters > _EXAMPLE_CHARACTERS or num_lines > _EXAMPLE_LINES:
-            break
-        pieces.append(piece)
-    return pieces
-
-
-def _marked(pieces: list[str], loss_mask: list[int], colour: bool) -> str:
-    """Return the pieces as one text with the supervised runs between marks; colour ends and begins with each line."""
-    begin, end = _COLOURS if colour else _MARKS
-    between = f"{end}\n{begin}" if colour else "\n"
-    marked = ""
-    for supervised, run in groupby(zip(pieces, loss_mask, strict=False), key=lambda item: bool(item[1])):
-        text = "".join(piece for piece, _ in run)
-        marked += begin + text.replace("\n", between) + end if supervised else text
-    return marked
-
-
 def _problems(problems: list[str]) -> list[str]:
     """Return the section of what is wrong, none when all is well."""
     if not problems:
         return []
     more = len(problems) - _MAX_PROBLEMS
-    shown = [f"  {_line(problem)}" for problem in problems[:_MAX_PROBLEMS]]
+    shown = [f"  {as_line(problem)}" for problem in problems[:_MAX_PROBLEMS]]
     rest = [f"  and {more} more (--json has them)"] if more > 0 else []
     return ["\n".join([f"PROBLEMS ({len(problems)})", *shown, *rest])]
 

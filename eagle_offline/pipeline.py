@@ -20,6 +20,7 @@ from eagle_offline.config import (
     EvaluateSettings,
     ExampleTargetSettings,
     ExportSettings,
+    ImportSettings,
     InspectSettings,
     PrecomputeSettings,
     ReportSettings,
@@ -72,6 +73,7 @@ KINDS: dict[str, StageKind] = {
     "rewrite-answers": StageKind(RewriteSettings, stages.rewrite_answers),
     "tokenize": StageKind(TokenizeSettings, stages.tokenize),
     "precompute": StageKind(PrecomputeSettings, stages.precompute),
+    "import": StageKind(ImportSettings, stages.import_states),
     "convert": StageKind(ConvertSettings, stages.convert),
     "inspect-manifest": StageKind(InspectSettings, _inspect),
     "train": StageKind(TrainSettings, stages.train),
@@ -105,6 +107,13 @@ def find_pipeline(name: str) -> Path:
     raise UsageError(f"no pipeline called {name} comes with this package")
 
 
+def _placed(value: Any, work: Path) -> Any:
+    """Return a setting with ``work`` in its place, in each item of a list."""
+    if isinstance(value, list):
+        return [_placed(item, work) for item in value]
+    return value.replace(_WORK, str(work)) if isinstance(value, str) else value
+
+
 def read_pipeline(path: Path, work: Path) -> list[Stage]:
     """Read a pipeline and check every stage's settings, before any work starts.
 
@@ -129,10 +138,7 @@ def read_pipeline(path: Path, work: Path) -> list[Stage]:
             raise UsageError(f"{path}: stage {number}: no stage {kind_name!r}; known: {', '.join(KINDS)}")
         if not isinstance(values, dict | None):
             raise UsageError(f"{path}: stage {number}: expected the settings of {kind_name}, found {values!r}")
-        placed = {
-            str(key).replace("-", "_"): value.replace(_WORK, str(work)) if isinstance(value, str) else value
-            for key, value in (values or {}).items()
-        }
+        placed = {str(key).replace("-", "_"): _placed(value, work) for key, value in (values or {}).items()}
         name = placed.pop("name", kind_name)
         if "resume" in kind.settings.model_fields:
             placed.setdefault("resume", True)

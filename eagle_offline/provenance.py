@@ -83,18 +83,24 @@ def digest_checkpoint(directory: Path, *, rehash: bool = False) -> str:
     remembered = {} if rehash else _read_remembered()
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         digests = dict(zip(files, pool.map(lambda path: _content_hash(path, remembered), files), strict=True))
-    _remember({_file_key(path): digest for path, digest in digests.items()})
+    _remember({file_key(path): digest for path, digest in digests.items()})
     return digest_json({path.name: digest for path, digest in digests.items()})
+
+
+def digest_merged(checkpoint_digest: str, adapter_digest: str | None) -> str:
+    """Return the digest of the weights that run: a checkpoint's, with an adapter merged into them if there is one."""
+    return checkpoint_digest if adapter_digest is None else digest_json([checkpoint_digest, adapter_digest])
 
 
 def _content_hash(path: Path, remembered: dict[str, str]) -> str:
     blob = path.resolve()
     if blob.parent.name == "blobs" and path.is_symlink():
         return blob.name
-    return remembered.get(_file_key(path)) or digest_file(path)
+    return remembered.get(file_key(path)) or digest_file(path)
 
 
-def _file_key(path: Path) -> str:
+def file_key(path: Path) -> str:
+    """Return what changes with a file: its whole path, size, modification time and inode, with ``|`` between."""
     status = path.stat()
     return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
 

@@ -37,6 +37,7 @@ _RECORDS: dict[str, type[BaseModel]] = {
     "inspection": Inspection,
     "tokenize-settings": config.TokenizeSettings,
     "precompute-settings": config.PrecomputeSettings,
+    "import-settings": config.ImportSettings,
     "verify-settings": config.VerifySettings,
     "repair-settings": config.RepairSettings,
     "convert-settings": config.ConvertSettings,

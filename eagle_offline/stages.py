@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,16 +19,19 @@ from eagle_offline.config import (
     EvaluateSettings,
     ExampleTargetSettings,
     ExportSettings,
+    ImportSettings,
     PlotSettings,
     PrecomputeSettings,
+    PreviewSettings,
     RepairSettings,
     ReportSettings,
     RewriteSettings,
+    TextSettings,
     TokenizeSettings,
     VerifySettings,
 )
 from eagle_offline.durable import exclusive, make_directory, require_writable
-from eagle_offline.errors import StoppedEarly, UsageError
+from eagle_offline.errors import StoppedEarly, UsageError, printable
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.progress import Progress
 from eagle_offline.status import reported_status
@@ -38,21 +41,30 @@ from eagle_offline.train_settings import TrainSettings
 if TYPE_CHECKING:
     from eagle_offline.cache.findings import Verification
     from eagle_offline.cache.manifest import Manifest
-    from eagle_offline.cache.publishing import Publisher
     from eagle_offline.cache.repair import Repair
     from eagle_offline.draft.warm_start import DraftWeights
     from eagle_offline.precompute.estimate_record import Estimate
+    from eagle_offline.precompute.fill import Begun, Loader
+    from eagle_offline.precompute.plan import Plan
+    from eagle_offline.preview import Preview
     from eagle_offline.serving.check import CheckReport
     from eagle_offline.serving.drafts import ServedDraft
     from eagle_offline.serving.results import Evaluation
     from eagle_offline.text.token_table import TokenProgress, TokenTable
 
 
-def load_text(settings: TokenizeSettings) -> Any:
+def load_text(settings: TextSettings) -> Any:
     """Return the target's tokenizer, with the chat template in use."""
     from eagle_offline.target.load import load_tokenizer, resolve_target
 
-    source = resolve_target(settings.target_model, settings.revision, settings.trust_remote_code)
+    source = resolve_target(
+        settings.target_model,
+        settings.revision,
+        settings.trust_remote_code,
+        weights=False,
+        adapter=settings.adapter,
+        adapter_revision=settings.adapter_revision,
+    )
     return load_tokenizer(source, settings.chat_template)
 
 
@@ -62,25 +74,71 @@ def tokenize(settings: TokenizeSettings, tokenizer: Any | None = None, stop: Sto
     Raises:
         EagleOfflineError: see `eagle_offline.errors`.
     """
+    make_directory(settings.output_dir)
+    tokenizer = load_text(settings) if tokenizer is None else tokenizer
+    return _ensured_table(settings, tokenizer, settings.output_dir / TOKENS_DIRECTORY, settings.on_bad_row, stop)
+
+
+def _ensured_table(
+    settings: TextSettings,
+    tokenizer: Any,
+    directory: Path | None,
+    on_bad_row: Literal["quarantine", "stop"],
+    stop: StopRequest | None,
+) -> TokenTable:
+    """Return the tokens of chat data from ``directory``, or from ``tokens_dir`` alone, and make them if need be."""
     from eagle_offline.text.token_builder import TokenTableSettings, ensure_token_table
 
-    make_directory(settings.output_dir)
     table_settings = TokenTableSettings(
         input_data=settings.input_data,
         split=settings.split,
         revision=settings.data_revision,
         seq_length=settings.seq_length,
-        on_bad_row=settings.on_bad_row,
+        on_bad_row=on_bad_row,
+        num_workers=settings.tokenize_workers,
     )
     with Progress("tokenize", 0, unit="rows") as progress:
 
         def report(done: TokenProgress) -> None:
             progress.reach(done.rows_read, {"tokens": str(done.num_tokens)})
             if stop is not None and stop.requested:
-                raise StoppedEarly("stopped by a signal while tokens were made; go on with --resume")
+                raise StoppedEarly("stopped by a signal while tokens were made; run the same command again")
 
-        tokenizer = load_text(settings) if tokenizer is None else tokenizer
-        return ensure_token_table(table_settings, tokenizer, settings.output_dir / TOKENS_DIRECTORY, report)
+        return ensure_token_table(table_settings, tokenizer, directory, report, tokens_dir=settings.tokens_dir)
+
+
+def preview(settings: PreviewSettings) -> Preview:
+    """Return what becomes of chat data, and some of its samples as text; write a page if asked to.
+
+    Without ``tokens_dir`` only as many rows are read as are asked for; with it, the whole corpus is tokenised there.
+
+    Raises:
+        EagleOfflineError: see `eagle_offline.errors`.
+    """
+    from eagle_offline.preview import preview_rows, preview_table
+    from eagle_offline.preview_page import write_html
+    from eagle_offline.text.sources import resolve_sources
+
+    if settings.html is not None:
+        require_writable(settings.html.parent, "--html")
+    tokenizer, target = load_text(settings), settings.target_model
+    if settings.tokens_dir is not None:
+        with StopRequest(0) as stop:
+            table = _ensured_table(settings, tokenizer, None, "quarantine", stop)
+        found = preview_table(table, tokenizer, target=target, num_samples=settings.num_samples, seed=settings.seed)
+    else:
+        found = preview_rows(
+            resolve_sources(settings.input_data, split=settings.split, revision=settings.data_revision, digests=False),
+            tokenizer,
+            target=target,
+            seq_length=settings.seq_length,
+            num_rows=settings.num_rows,
+            num_samples=settings.num_samples,
+            seed=settings.seed,
+        )
+    if settings.html is not None:
+        write_html(found, settings.html)
+    return found
 
 
 def say_left_out(table: TokenTable) -> None:
@@ -93,49 +151,125 @@ def say_left_out(table: TokenTable) -> None:
         sys.stderr.write(f"left out {meta.num_quarantined} of {total} rows ({reasons}): see {where}\n")
 
 
+def say_vocabulary(plan: Plan) -> None:
+    """Write one line to stderr: what the draft vocabulary holds of the corpus, and special tokens that it lacks."""
+    from eagle_offline.precompute.plan import required_token_ids
+
+    vocab, held = plan.vocab, set(plan.vocab.selected_token_ids.tolist())
+    lacking = sorted({token for token in required_token_ids(plan.source, plan.tokenizer) if token not in held})
+    names = ", ".join(f"{printable(str(plan.tokenizer.convert_ids_to_tokens(token)))} ({token})" for token in lacking)
+    warning = f"; warning: a draft can never propose {names}, which it lacks" if lacking else ""
+    sys.stderr.write(f"draft vocabulary: {vocab.size} tokens, {vocab.coverage:.2%} of those supervised{warning}\n")
+
+
 def precompute(settings: PrecomputeSettings) -> dict[str, Any]:
     """Run the target over the corpus once and write the cache; return what stands there in numbers.
 
     Raises:
         EagleOfflineError: see `eagle_offline.errors`; committed shards always stay.
     """
-    if settings.store_url is not None:
-        return _precompute_to_store(settings, settings.store_url)
-    return _precompute(settings, None)
+    if settings.engine == "ray":
+        from eagle_offline.precompute.engines.ray_pool import precompute_on_ray
+
+        return precompute_on_ray(settings, begun_precompute)
+    from eagle_offline.precompute.engines.processes import read_share
+
+    share = read_share(settings)
+    with share.target_loader() as load:
+        # Without one, this process has helped another to run its copy of the target, and that is done.
+        return {} if load is None else _precompute(share.settings, load, passes_signals=share.launch.size > 1)
 
 
-def _precompute_to_store(settings: PrecomputeSettings, url: str) -> dict[str, Any]:
-    """Make a cache in a directory of this machine and bring it up to an object store, shard after shard."""
-    from eagle_offline.cache.publishing import Publisher
-    from eagle_offline.precompute.plan import OWN_ENTRIES
-
-    # One a process: what one has made and not brought up yet is no business of another.
-    staging = settings.output_dir / f"{settings.process_index}-of-{settings.process_count}"
-    make_directory(staging)
-    with exclusive(staging, "filling this cache"):
-        publisher = Publisher(url, staging)
-        publisher.take_up(OWN_ENTRIES)
-        # A dry run leaves no trace in the store.
-        with publisher.in_its_name(), nullcontext() if settings.dry_run else publisher.reported_status():
-            result = _precompute(settings.model_copy(update={"output_dir": staging}), publisher)
-    return {**result, "cache": url}
-
-
-def _precompute(settings: PrecomputeSettings, publisher: Publisher | None) -> dict[str, Any]:
+def _precompute(settings: PrecomputeSettings, load: Loader, *, passes_signals: bool) -> dict[str, Any]:
     from eagle_offline.precompute.fill import fill
-    from eagle_offline.precompute.plan import check_output_directory, plan_cache, summarize
+    from eagle_offline.precompute.plan import summarize
+
+    with (
+        StopRequest(settings.grace_seconds, passed_on=passes_signals) as stop,
+        begun_precompute(settings, stop, with_status=True) as begun,
+    ):
+        if not settings.dry_run:
+            fill(begun, stop, load)
+        found = summarize(begun.plan, begun.plan.settings.output_dir)
+        return {**found, "cache": settings.store_url or str(settings.output_dir)}
+
+
+@contextmanager
+def begun_precompute(settings: PrecomputeSettings, stop: StopRequest, *, with_status: bool) -> Iterator[Begun]:
+    """Settle what a precompute is about before any weight is loaded; what goes to a store does so during the block.
+
+    Args:
+        with_status: say in ``status.json`` how the block ended.
+
+    Raises:
+        EagleOfflineError: see `eagle_offline.errors`.
+    """
+    from eagle_offline.cache.publishing import Publisher
+    from eagle_offline.precompute.engines.processes import first_before_others
+    from eagle_offline.precompute.fill import Begun
+    from eagle_offline.precompute.plan import OWN_ENTRIES, check_output_directory, plan_cache
 
     say_top_k_costs(settings.target_encoding)
+    with ExitStack() as stack:
+        publisher = None
+        with first_before_others():
+            if settings.store_url is not None:
+                # One a process: what one has made and not brought up yet is no business of another.
+                staging = settings.output_dir / f"{settings.process_index}-of-{settings.process_count}"
+                make_directory(staging)
+                stack.enter_context(exclusive(staging, "filling this cache"))
+                publisher = Publisher(settings.store_url, staging)
+                publisher.take_up(OWN_ENTRIES)
+                settings = settings.model_copy(update={"output_dir": staging})
+                stack.enter_context(publisher.in_its_name())
+                # A dry run leaves no trace in the store.
+                if with_status and not settings.dry_run:
+                    stack.enter_context(publisher.reported_status())
+            recorded = check_output_directory(settings)
+        if with_status:
+            stack.enter_context(reported_status(settings.output_dir, settings.process_index, settings.process_count))
+        tokenizer, table = _tokenize_for(settings, recorded, stop)
+        plan = plan_cache(settings, table, tokenizer, recorded)
+        say_vocabulary(plan)
+        yield Begun(plan, recorded, publisher)
+
+
+def import_states(settings: ImportSettings) -> dict[str, Any]:
+    """Write a cache from states that another tool has dumped; return what stands there in numbers.
+
+    Raises:
+        EagleOfflineError: see `eagle_offline.errors`; committed shards always stay.
+    """
+    from eagle_offline.importing.fill import fill
+    from eagle_offline.importing.plan import open_source, plan_import, refuse_other_settings, scan_source
+    from eagle_offline.precompute.plan import check_output_directory, check_settings, summarize
+
     recorded = check_output_directory(settings)
     with (
         reported_status(settings.output_dir, settings.process_index, settings.process_count),
         StopRequest(settings.grace_seconds) as stop,
     ):
-        tokenizer, table = _tokenize_for(settings, recorded, stop)
-        plan = plan_cache(settings, table, tokenizer, recorded)
+        source = open_source(settings)
+        settings = source.settings
+        say_top_k_costs(settings.target_encoding)
+        check_settings(settings)
+        tokenizer = load_text(settings)
+        # A corpus shows what is wrong with it sooner than a dump; one that was begun is compared before its tokens.
+        table = tokenize(settings, tokenizer, stop) if recorded is None else None
+        with Progress("read", source.num_bytes, unit="B", enabled=settings.process_index == 0) as progress:
+            index = scan_source(source, stop, progress)
+        if recorded is not None:
+            refuse_other_settings(source, tokenizer, index, recorded)
+        table = tokenize(settings, tokenizer, stop) if table is None else table
+        say_left_out(table)
+        plan = plan_import(source, index, table, tokenizer, recorded)
+        if settings.check_samples and settings.process_index == 0:
+            from eagle_offline.importing.trial import check_samples
+
+            check_samples(plan, settings.check_samples)
         if not settings.dry_run:
-            fill(plan, recorded, stop, publisher)
-        return summarize(plan, settings.output_dir)
+            fill(plan, recorded, stop)
+        return {**summarize(plan, settings.output_dir), "samples_without_states": plan.num_lost}
 
 
 def say_top_k_costs(target_encoding: str | None) -> None:
@@ -331,7 +465,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
             raise UsageError(f"--target: say which hub id or directory engines are to load as the target{made_for}")
         target = origin.target_id
     if origin is None or draft.aux_layer_ids is None:
-        config = load_config(resolve_target(target, flag="--target"))
+        config = load_config(resolve_target(target, flag="--target", weights=False))
         architectures = list(config.architectures or ())
         layer_ids = draft.aux_layer_ids or default_aux_layer_ids(config.get_text_config().num_hidden_layers)
         draft = replace(draft, aux_layer_ids=layer_ids)

@@ -51,14 +51,15 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 ``[N, V]`` (float64 for a float64 head) for hidden states ``[N, H]``."""
-        rows = [self._chunk_logits(hidden, start) for start in range(0, self.vocab_size, HEAD_CHUNK_ROWS)]
+        chunks = range(0, self.vocab_size, HEAD_CHUNK_ROWS)
+        rows = [self._chunk_logits(hidden, slice(start, start + HEAD_CHUNK_ROWS)) for start in chunks]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=-1)
 
     def argmax_and_log_normalizer(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return the full vocabulary's int32 ``[N]`` argmax (ties to the lower id) and float32 ``[N]`` log Σ exp z.
 
         Args:
-            hidden: ``[N, H]`` final hidden states as stored. Memory stays at ``N × HEAD_CHUNK_ROWS`` values.
+            hidden: ``[N, H]`` final hidden states as stored. Memory stays at some chunks of ``N × HEAD_CHUNK_ROWS``.
         """
         argmax, log_normalizer, _ = self.statistics(hidden, torch.zeros(self.vocab_size, dtype=torch.bool))
         return argmax, log_normalizer
@@ -77,27 +78,38 @@ class Head:
         sums = torch.zeros(count, 2, device=hidden.device)
         inside = selected_token_mask.to(hidden.device)
         counted = torch.stack([torch.ones_like(inside), inside], dim=-1).float()
-        for start in range(0, self.vocab_size, HEAD_CHUNK_ROWS):
-            logits = self._chunk_logits(hidden, start).float()
+        num_rows = _statistics_rows(count, hidden.device)
+        for start in range(0, self.vocab_size, num_rows):
+            chunk = slice(start, start + num_rows)
+            logits = self._chunk_logits(hidden, chunk).float()
             top = logits.amax(dim=-1)
             better = top > best
             argmax = torch.where(better, (_lowest_argmax(logits, top) + start).to(torch.int32), argmax)
             highest = torch.where(better, top, best)
             sums = sums * (best - highest).exp().unsqueeze(-1)
-            sums += logits.sub_(highest.unsqueeze(-1)).exp_() @ counted[start : start + HEAD_CHUNK_ROWS]
+            sums += logits.sub_(highest.unsqueeze(-1)).exp_() @ counted[chunk]
             best = highest
         return argmax, best + sums[:, 0].log(), sums[:, 1] / sums[:, 0]
 
-    def _chunk_logits(self, hidden: Tensor, start: int) -> Tensor:
-        weight = self.weight[start : start + HEAD_CHUNK_ROWS]
-        logits = _matmul_float32(hidden, weight)
+    def _chunk_logits(self, hidden: Tensor, chunk: slice) -> Tensor:
+        logits = _matmul_float32(hidden, self.weight[chunk])
         if self.bias is not None:
-            logits = logits + self.bias[start : start + HEAD_CHUNK_ROWS].to(logits.dtype)
+            logits = logits + self.bias[chunk].to(logits.dtype)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.soft_cap is not None:
             logits = self.soft_cap * torch.tanh(logits / self.soft_cap)
         return logits
+
+
+def _statistics_rows(count: int, device: torch.device) -> int:
+    """Return how many rows of the head are multiplied at once with so many states, for their statistics.
+
+    A GPU takes as long to be told of a small product as to do it; its float32 logits stay below half a gigabyte.
+    """
+    if device.type == "cpu":
+        return HEAD_CHUNK_ROWS
+    return max(HEAD_CHUNK_ROWS, min(16384, (1 << 27) // max(count, 1)))
 
 
 def _lowest_argmax(logits: Tensor, maximum: Tensor) -> Tensor:
@@ -141,6 +153,20 @@ def compute_target_distribution(
     argmax = _lowest_argmax(wide, wide.max(dim=-1).values)
     position_mask = loss_mask.bool() & selected_token_mask.bool()[argmax]
     return target_probs, position_mask.unsqueeze(-1)
+
+
+def chosen_inside(target_argmax: Tensor, selected_token_mask: Tensor) -> Tensor:
+    """Return bool, like ``target_argmax``: where the target's choice is known to lie inside a vocabulary.
+
+    Args:
+        target_argmax: int64 token ids; -1 where the choice is not known, or known to lie outside.
+        selected_token_mask: bool ``[V]``, true inside.
+
+    Example:
+        >>> chosen_inside(torch.tensor([2, 0, -1]), torch.tensor([False, False, True])).tolist()
+        [True, False, False]
+    """
+    return selected_token_mask[target_argmax.clamp_min(0)] & (target_argmax >= 0)
 
 
 def supervised_positions(loss_mask: Tensor) -> Tensor:

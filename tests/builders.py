@@ -181,7 +181,11 @@ class Ended:
     @property
     def errors(self) -> list[str]:
         """Lines of stderr, without those of progress."""
-        return [line for line in self.err.splitlines() if line and not line.startswith(("tokenize:", "precompute:"))]
+        return [
+            line
+            for line in self.err.splitlines()
+            if line and not line.startswith(("tokenize:", "precompute:", "draft vocabulary:"))
+        ]
 
 
 def run_cli(*arguments: object) -> Ended:

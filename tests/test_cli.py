@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from eagle_offline import errors
 from eagle_offline.cli import cli
-from eagle_offline.config import PrecomputeSettings, ReportSettings, TokenizeSettings
+from eagle_offline.config import PrecomputeSettings, PreviewSettings, ReportSettings, TokenizeSettings
 from eagle_offline.train_settings import TrainSettings
 from tests.builders import run_cli
 from tests.training.caches import shared_cache
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS: dict[str, type[BaseModel]] = {
     "tokenize": TokenizeSettings,
     "precompute": PrecomputeSettings,
+    "preview": PreviewSettings,
     "train": TrainSettings,
     "report": ReportSettings,
 }

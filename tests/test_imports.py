@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "target": {"supervision", "alignment"},
     "text": set(),
     "serving": {"draft", "objectives", "target", "text"},
+    "importing": {"precompute", "cache", "target", "text", "vocab"},
 }
 FOUNDATION = {
     "errors",

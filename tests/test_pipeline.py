@@ -49,7 +49,7 @@ def test_the_quickstart_is_found_by_name_and_tells_the_whole_story(tmp_path):
 def test_outputs_of_the_quickstart_are_the_inputs_of_later_stages(tmp_path):
     stages = {stage.name: stage.settings for stage in read_pipeline(find_pipeline("quickstart"), tmp_path)}
     assert Path(stages["precompute"].target_model) == stages["train-target"].output_dir
-    assert Path(stages["precompute-heldout"].input_data) == stages["rewrite-answers"].output_file
+    assert stages["precompute-heldout"].input_data == (str(stages["rewrite-answers"].output_file),)
     assert stages["train"].cache == (stages["precompute"].output_dir,) == (stages["inspect-manifest"].cache,)
     assert stages["train"].heldout_cache == stages["precompute-heldout"].output_dir
     assert stages["report"].run == stages["train"].output_dir

@@ -182,7 +182,7 @@ def fill_shards(
     Raises:
         StoppedEarly: asked to stop; committed shards stay. EagleOfflineError: see `eagle_offline.errors`.
     """
-    tracker = _Tracker(progress, stop, work, waited_share)
+    tracker = _Tracker(progress, stop, identity, work, waited_share)
     for item in work:
         tracker.begin_shard(item.num_tokens)
         # Others may fill the disk meanwhile: what does not fit is not begun.
@@ -200,6 +200,7 @@ class _Tracker:
         self,
         progress: Progress,
         stop: StopRequest,
+        identity: Identity,
         work: Sequence[ShardWork],
         waited_share: Callable[[], float] | None,
     ):
@@ -207,7 +208,8 @@ class _Tracker:
         self._total_tokens = sum(item.num_tokens for item in work)
         self._estimated_bytes = sum(item.estimated_bytes for item in work)
         self._started = time.monotonic()
-        self._tokens = self._written = self._shard_left = 0
+        self._num_samples = sum(identity.shard_samples(item.shard) for item in work)
+        self._samples = self._tokens = self._tokens_written = self._written = self._shard_left = 0
 
     def begin_shard(self, num_tokens: int) -> None:
         self._shard_left = num_tokens
@@ -216,19 +218,27 @@ class _Tracker:
 
     def track(self, sample: StoredSample | LostSample) -> StoredSample | LostSample:
         count = len(sample.input_ids) if isinstance(sample, StoredSample) else 0
+        self._samples += 1
         self._tokens += count
         self._shard_left -= count
         rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
         if not self._stop.leaves_time_for(self._shard_left / max(rate, 1e-9)):
             raise StoppedEarly("stopped by a signal, the shard in hand was dropped; go on with --resume")
-        self._progress.advance(count)
+        self._progress.advance(count, self._values())
         return sample
 
     def end_shard(self, file_bytes: int) -> None:
         self._written += file_bytes
-        projected = self._written * self._total_tokens / self._tokens if self._tokens else self._estimated_bytes
+        self._tokens_written = self._tokens
+        self._progress.advance(0, self._values())
+
+    def _values(self) -> dict[str, str]:
+        projected = self._estimated_bytes
+        if self._tokens_written:
+            projected = self._written * self._total_tokens // self._tokens_written
         rate = self._written / max(time.monotonic() - self._started, 1e-9)
-        values = {"written": f"{size(self._written)} of about {size(projected)}", "at": f"{size(rate)}/s"}
+        values = {"samples": f"{self._samples}/{self._num_samples}"}
+        values |= {"written": f"{size(self._written)} of about {size(projected)}", "at": f"{size(rate)}/s"}
         if self._waited_share is not None:
             values["waiting on disk"] = f"{self._waited_share():.0%}"
-        self._progress.advance(0, values)
+        return values

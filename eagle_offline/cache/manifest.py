@@ -25,7 +25,7 @@ from eagle_offline.cache.layout import (
 )
 from eagle_offline.durable import create_exclusively
 from eagle_offline.errors import DataError, MismatchError, one_line, printable, unreadable
-from eagle_offline.provenance import digest_json
+from eagle_offline.provenance import digest_json, digest_merged
 
 # A manifest larger than this is not one of ours; nothing larger is ever parsed.
 _MAX_MANIFEST_BYTES = 64 << 20
@@ -77,6 +77,11 @@ class TargetIdentity(Frozen):
     num_layers: int = Field(gt=0, le=1 << 16)
     hidden_size: _Width
     vocab_size: _Width
+
+    @property
+    def digest(self) -> str:
+        """Of the weights that ran."""
+        return digest_merged(self.checkpoint_digest, None if self.adapter is None else self.adapter.digest)
 
 
 class SourceIdentity(Frozen):

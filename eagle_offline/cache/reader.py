@@ -28,6 +28,7 @@ from eagle_offline.cache.layout import (
 from eagle_offline.cache.manifest import Manifest, read_manifest
 from eagle_offline.cache.remote import is_url
 from eagle_offline.cache.samples import StoredSample, decode_fields, names_tokens
+from eagle_offline.cache.saved_settings import maker
 from eagle_offline.cache.shard_check import check_record
 from eagle_offline.cache.source import CacheSource, LocalSource, RemoteSource
 from eagle_offline.cache.writer import read_record
@@ -53,8 +54,8 @@ class TargetSupervision:
         positions: int64 ``[P]``, ascending.
         last_hidden_state: ``[P, H]`` as stored, under ``factored``; else None.
         target_probs: ``[P, Vd]`` as stored, under ``dense`` and ``topk``; else None.
-        target_argmax: int64 ``[P]``, over the full vocabulary.
-        target_log_normalizer: float32 ``[P]``, over the full vocabulary.
+        target_argmax: int64 ``[P]``, over the full vocabulary; -1 where an imported cache does not have it.
+        target_log_normalizer: float32 ``[P]``, over the full vocabulary; 0 where an imported cache does not have it.
     """
 
     positions: torch.Tensor
@@ -189,7 +190,7 @@ class Cache:
         if self._verify and not self._touched[index]:
             if int(stored.loss_mask.sum()) != self.index.num_supervised[index]:
                 raise self._damage(index, "has another number of supervised tokens than its record says")
-            if not names_tokens(stored, self.manifest.identity.target.vocab_size):
+            if not names_tokens(stored, self.manifest.identity):
                 raise self._damage(index, "names tokens that the target does not have")
             if int(stored.digest(), 16) != self.index.digest[index]:
                 raise self._damage(index, "does not match its digest: the file was damaged after it was written")
@@ -352,6 +353,8 @@ class Cache:
         """
         import torch
 
+        from eagle_offline.supervision import chosen_inside
+
         supervision = sample.supervision
         if supervision.last_hidden_state is not None:
             stored = self._selected_head.logits(supervision.last_hidden_state).softmax(dim=-1)
@@ -364,7 +367,7 @@ class Cache:
         probs = torch.zeros(num_tokens, stored.shape[-1])
         probs[supervision.positions] = stored * supervised.unsqueeze(-1)
         mask = torch.zeros(num_tokens, 1, dtype=torch.bool)
-        mask[supervision.positions, 0] = supervised & self.selected_token_mask[supervision.target_argmax]
+        mask[supervision.positions, 0] = supervised & chosen_inside(supervision.target_argmax, self.selected_token_mask)
         return probs, mask
 
 
@@ -405,6 +408,6 @@ def open_cache(
         total = cache.manifest.identity.num_shards
         raise DataError(
             f"{path}: {len(cache.missing_shards)} of {total} shards are missing (first: {cache.missing_shards[0]}); "
-            "finish it with precompute --resume, or train on what is there with --allow-partial"
+            f"finish it with {maker(cache.manifest)} --resume, or train on what is there with --allow-partial"
         )
     return cache

@@ -16,6 +16,8 @@ from eagle_offline.cache.layout import EncodingError, FieldLayout, SampleTable
 if TYPE_CHECKING:
     import torch
 
+    from eagle_offline.cache.manifest import Identity
+
 # Samples are read-only views of a memory map, and nothing here writes to them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
 
@@ -143,10 +145,11 @@ def encode_fields(
     return columns
 
 
-def names_tokens(sample: StoredSample, vocab_size: int) -> bool:
-    """Say whether all token ids of a sample are the target's."""
-    columns = (sample.input_ids, sample.target_argmax)
-    return all(not len(ids) or 0 <= ids.min() <= ids.max() < vocab_size for ids in columns)
+def names_tokens(sample: StoredSample, identity: Identity) -> bool:
+    """Say whether all token ids of a sample are the target's; -1 is its choice where a cache may not know it."""
+    lowest_choice = 0 if identity.capture.target_statistics == "full" else -1
+    columns = ((sample.input_ids, 0), (sample.target_argmax, lowest_choice))
+    return all(not len(ids) or lowest <= ids.min() <= ids.max() < identity.target.vocab_size for ids, lowest in columns)
 
 
 def unpack_fields(

@@ -9,16 +9,26 @@ from typing import Any
 
 from eagle_offline.cache.layout import CONFIG_FILE, EXACT_MANTISSA_BITS
 from eagle_offline.cache.manifest import Manifest, read_json_object
-from eagle_offline.config import ConvertSettings, PrecomputeSettings, build
+from eagle_offline.config import ConvertSettings, ImportSettings, PrecomputeSettings, Settings, build
 from eagle_offline.durable import create_exclusively
 from eagle_offline.errors import DataError, UsageError
 
 MAX_CONFIG_BYTES = 1 << 20
 
+# Of each command that makes a cache, its settings and those of them that name what it reads.
+_SETTINGS: dict[str, tuple[type[Settings], set[str]]] = {
+    "precompute": (PrecomputeSettings, {"target_model", "input_data"}),
+    "import": (ImportSettings, {"target_model", "input_data", "states_dir"}),
+    "convert": (ConvertSettings, {"cache"}),
+}
+
 
 def maker(manifest: Manifest) -> str:
     """Return the command that makes such a cache."""
-    return "precompute" if manifest.identity.converted_from is None else "convert"
+    identity = manifest.identity
+    if identity.converted_from is not None:
+        return "convert"
+    return "precompute" if identity.imported_from is None else "import"
 
 
 def saved_settings(directory: Path, manifest: Manifest) -> dict[str, Any] | None:
@@ -27,12 +37,12 @@ def saved_settings(directory: Path, manifest: Manifest) -> dict[str, Any] | None
     if not isinstance(inputs, dict):
         return None
     settings = {**inputs, "output_dir": str(directory.absolute())}
-    captured = manifest.identity.converted_from is None
+    kind, needed = _SETTINGS[maker(manifest)]
     try:
-        build(PrecomputeSettings if captured else ConvertSettings, settings)
+        build(kind, settings)
     except UsageError:  # of a program whose settings were other ones
         return None
-    return settings if inputs.keys() > ({"target_model", "input_data"} if captured else {"cache"}) else None
+    return settings if inputs.keys() > needed else None
 
 
 def config_bytes(settings: dict[str, Any]) -> bytes:
@@ -74,12 +84,13 @@ def _recorded_flags(manifest: Manifest) -> list[str]:
         "input_data": inputs.get("input_data", "DATA"),
         "split": splits.pop() if len(splits) == 1 else None,
         "seq_length": identity.text.seq_length,
-        "draft_vocab_size": manifest.defaults.draft_vocabulary.size,
+        "draft_vocab": inputs.get("draft_vocab"),
+        "draft_vocab_size": None if inputs.get("draft_vocab") else manifest.defaults.draft_vocabulary.size,
         "batch_size": identity.batch_plan.batch_size,
         "max_batch_tokens": identity.batch_plan.max_batch_tokens,
         "shard_size": capture.shard_size,
         "dtype": capture.dtype,
-        "compute_dtype": None if capture.compute_dtype == "checkpoint" else capture.compute_dtype,
+        "compute_dtype": None if capture.compute_dtype in ("checkpoint", "unknown") else capture.compute_dtype,
         "aux_layer_ids": ",".join(map(str, capture.aux_layer_ids)),
         "state_encoding": capture.state_encoding,
         "mantissa_bits": None if bits == EXACT_MANTISSA_BITS else bits,
@@ -90,5 +101,11 @@ def _recorded_flags(manifest: Manifest) -> list[str]:
         "shuffle_seed": identity.dataset.shuffle_seed,
         "device": identity.batch_plan.device_kind,
     }
-    given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items() if value is not None]
-    return [text for pair in given for text in pair]
+    read: list[str] = []
+    if identity.imported_from is not None:
+        read = [str(inputs.get("states_dir", "STATES_DIR"))]
+        values |= {"tool": identity.imported_from.tool}
+        values |= {name: inputs.get(name) for name in ("loss_masks", "on_mismatch")}
+    given = [(f"--{name.replace('_', '-')}", value) for name, value in values.items() if value is not None]
+    several = ((flag, *map(str, value if isinstance(value, list) else [value])) for flag, value in given)
+    return [*read, *(text for texts in several for text in texts)]

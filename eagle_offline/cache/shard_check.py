@@ -57,7 +57,7 @@ def check_samples(cache: Path, identity: Identity, record: CommitRecord, go_on: 
         go_on()
         stored = reader.read(*place)
         _check_sample(stored, record, number)
-        if not names_tokens(stored, identity.target.vocab_size):
+        if not names_tokens(stored, identity):
             raise DataError(f"{record.file}: sample {stored.sample_id} names tokens that the target does not have")
         decode_fields(identity.capture.fields, stored)
 

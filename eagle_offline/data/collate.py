@@ -11,7 +11,7 @@ from torch import Tensor
 from eagle_offline.alignment import SlotBatch, doc_remaining, position_ids, shift_left_with_zero
 from eagle_offline.cache.reader import Sample
 from eagle_offline.errors import DataError
-from eagle_offline.supervision import Head
+from eagle_offline.supervision import Head, chosen_inside
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def slot_batch(pack: PackedBatch, selected_head: Head | None, selected_token_mas
     probs = torch.zeros(batch_size * num_slots, stored.shape[-1], dtype=stored.dtype, device=stored.device)
     probs[slots] = stored
     position_mask = torch.zeros(batch_size * num_slots, dtype=torch.bool, device=stored.device)
-    position_mask[slots] = selected_token_mask[pack.target_argmax[supervised]]
+    position_mask[slots] = chosen_inside(pack.target_argmax[supervised], selected_token_mask)
     positions = position_ids(pack.seq_lens, num_slots)
     slots_in_use = torch.arange(num_slots, device=stored.device) < pack.seq_lens.sum(dim=1, keepdim=True)
     return SlotBatch(

@@ -103,7 +103,7 @@ def check_same_states(cache: Cache, other: Cache) -> None:
 def _states(cache: Cache, other: Cache) -> dict[str, tuple[Any, Any]]:
     ours, theirs = cache.manifest.identity, other.manifest.identity
     return {
-        "target": (ours.target.checkpoint_digest, theirs.target.checkpoint_digest),
+        "target": (ours.target.digest, theirs.target.digest),
         "aux layers": (ours.capture.aux_layer_ids, theirs.capture.aux_layer_ids),
     }
 

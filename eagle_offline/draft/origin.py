@@ -19,7 +19,7 @@ class DraftOrigin(BaseModel):
     Attributes:
         target_id: hub id, or the directory's name.
         target_revision: resolved commit of a hub model.
-        target_digest: of the target's weights and config, as `eagle_offline.provenance.digest_checkpoint` makes it.
+        target_digest: of the target's weights and config, as `eagle_offline.provenance.digest_merged` makes it.
         target_architecture: class name of the causal LM.
         target_num_layers, target_hidden_size, target_vocab_size: its shape.
         tokenizer_digest, template_digest: of what turned text into tokens.

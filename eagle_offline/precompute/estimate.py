@@ -76,7 +76,7 @@ def estimate_cache(
     Raises:
         StoppedEarly: asked to stop. EagleOfflineError: see `eagle_offline.errors`.
     """
-    source, config = resolve_config(settings)
+    source, config = resolve_config(settings, weights=settings.probe)
     text_config = config.get_text_config()
     vocab = draft_vocab(settings, table, tokenizer)
     ids = aux_layer_ids(settings, text_config.num_hidden_layers)
@@ -169,7 +169,7 @@ def _fixed_bytes(
     head_bytes = num_values * STORED_DTYPES[settings.dtype]
     if getattr(config, "tie_word_embeddings", False) and embeddings == DTYPES[settings.dtype]:
         head_bytes = 0
-    files = set(target_files(source.directory))
+    files = set(target_files(source))
     files |= {table.directory / name for name in (TOKENS_FILE, QUARANTINE_FILE, META_FILE)}
     num_shards = -(-len(table) // settings.shard_size)
     papers = _PAPER_BYTES + num_shards * _SHARD_PAPER_BYTES + len(table) * _SAMPLE_PAPER_BYTES

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,17 @@ from eagle_offline.cache.writer import ensure_index
 from eagle_offline.durable import make_directory, remove_abandoned, write_bytes
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.precompute.batch_probe import begun_by_one, find_batch_tokens
+from eagle_offline.precompute.environment import say_other_environment, shard_environment
 from eagle_offline.precompute.plan import Plan
 from eagle_offline.precompute.stream import SampleStream, token_sample
 from eagle_offline.progress import Progress
-from eagle_offline.provenance import describe_environment, digest_bytes, digest_file
-from eagle_offline.target.batching import Batching
+from eagle_offline.provenance import digest_bytes, digest_file
 from eagle_offline.target.capture import Capture, check_capture
 from eagle_offline.target.hooks import HFEagle3TargetModel
-from eagle_offline.target.layout import input_embeddings, read_head
+from eagle_offline.target.layout import embedding_rows, read_head
 from eagle_offline.target.load import (
     DTYPES,
+    TargetSource,
     load_model,
 )
 from eagle_offline.text.token_table import META_FILE, QUARANTINE_FILE, TOKENS_FILE
@@ -51,71 +53,117 @@ STORE_LESS = "--aux-layer-ids, --split, --mantissa-bits"
 _TARGET_FILES = ("*.json", "*.model", "*.jinja", "*.txt")
 
 
-def fill(plan: Plan, recorded: Manifest | None, stop: StopRequest, publisher: Publisher | None = None) -> int:
+# Loads a target: its files, the device, what it computes in.
+Loader = Callable[[TargetSource, str, str | None], torch.nn.Module]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A precompute that is settled, before any weight is loaded.
+
+    Attributes:
+        plan: what the cache is.
+        recorded: the manifest of the cache that was there before, None if there was none.
+        publisher: brings everything up to the store that the cache is in; None for a cache that stays where it is made.
+    """
+
+    plan: Plan
+    recorded: Manifest | None
+    publisher: Publisher | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that comes with the cache is there, shards aside."""
+        if self.recorded is None:
+            return False
+        if self.publisher is not None:
+            return self.publisher.is_whole(self.recorded)
+        return all((self.plan.settings.output_dir / name).is_file() for name in self.recorded.files)
+
+
+def fill(begun: Begun, stop: StopRequest, load: Loader = load_model) -> int:
     """Make every missing shard of this process; return how many were made.
 
     Args:
-        publisher: brings everything up to the store that the cache is in; None for a cache that stays where it is made.
+        load: loads the target.
 
     Raises:
         StoppedEarly: asked to stop; committed shards stay. EagleOfflineError: see `eagle_offline.errors`.
     """
+    missing = missing_shards(begun)
+    if missing or not begun.is_whole:
+        Filler(begun, stop, load).make(missing)
+    elif begun.recorded is not None:
+        write_config(begun.plan.settings.output_dir, begun.recorded)
+    finish(begun.plan, begun.publisher)
+    return len(missing)
+
+
+def missing_shards(begun: Begun) -> list[int]:
+    """Return the shards of this process that are not committed yet, once there is room for them.
+
+    Raises:
+        SpaceError: there is not. DataError: a committed shard is not there in full.
+    """
+    plan, publisher = begun.plan, begun.publisher
     settings, directory = plan.settings, plan.settings.output_dir
     remove_abandoned(directory)
-    if publisher is not None and recorded is not None:
+    if publisher is not None and begun.recorded is not None:
         publisher.push_left()
     missing = own_shards(
         directory,
         plan.identity,
         settings.process_index,
         settings.process_count,
-        begun=recorded is not None and publisher is None,
+        begun=begun.recorded is not None and publisher is None,
     )
     needed = [plan.estimated_shard_bytes(shard) for shard in missing]
     # What goes up to a store is dropped here.
     check_free_space(directory, sum(needed) if publisher is None else max(needed, default=0), STORE_LESS)
-    if recorded is not None and not missing and _is_whole(directory, recorded, publisher):
-        write_config(directory, recorded)
-    else:
-        Filler(plan, stop, publisher).make(missing)
-    finish(plan, publisher)
-    return len(missing)
+    return missing
 
 
 class Filler:
     """The target, loaded once, and the cache begun: makes any shards of it.
 
+    Attributes:
+        plan: with what was found out.
+        waited_share: which share of its time the target waited for what was written, last time.
+
     Args:
-        plan: what the cache is; how much goes through the target at once is found out if it does not say.
+        begun: what the cache is; how much goes through the target at once is found out if it does not say.
         stop: asked between samples.
-        publisher: as for `fill`.
+        load: as for `fill`.
 
     Raises:
         StoppedEarly: asked to stop. EagleOfflineError: see `eagle_offline.errors`.
     """
 
-    def __init__(self, plan: Plan, stop: StopRequest, publisher: Publisher | None = None):
-        settings = plan.settings
-        model = load_model(plan.source, plan.device, settings.compute_dtype)
+    def __init__(self, begun: Begun, stop: StopRequest, load: Loader = load_model):
+        plan, settings = begun.plan, begun.plan.settings
+        self._environment = shard_environment(settings, plan.device)
+        if begun.recorded is not None and settings.process_index == 0:
+            say_other_environment(begun.recorded.environment, self._environment)
+        model = load(plan.source, plan.device, settings.compute_dtype)
         target = HFEagle3TargetModel(model, plan.identity.capture.aux_layer_ids)
+        target.position_limits.check(int(plan.table.lengths.max()))
         check_capture(target, read_head(model), token_sample(plan.table, 0))
         head = read_head(model).to(plan.device, DTYPES[settings.dtype])
         selected = torch.from_numpy(plan.vocab.selected_token_ids)
         with_probs = settings.target_encoding != "factored"
         capture = Capture(target, head, DTYPES[settings.dtype], selected, with_probs=with_probs)
-        self._environment = describe_environment(plan.device)
-        self._stop, self._publisher = stop, publisher
+        self._stop, self._publisher = stop, begun.publisher
         with begun_by_one(settings.output_dir, stop) if plan.batching is None else nullcontext(None) as standing:
             if plan.batching is None:
-                plan = plan.with_batching(
-                    Batching(max_batch_tokens=find_batch_tokens(capture, plan.table, plan.device))
-                    if standing is None
-                    else Batching(standing.batch_size, standing.max_batch_tokens)
-                )
+                if standing is None:
+                    plan = plan.with_batches(None, find_batch_tokens(capture, plan.table, plan.device))
+                else:
+                    plan = plan.with_batches(standing.batch_size, standing.max_batch_tokens)
             manifest = write_companions(plan, model, head, self._environment)
-        if publisher is not None:
-            publisher.begin(manifest)
-        self._plan, self._capture = plan, capture
+        if begun.publisher is not None:
+            begun.publisher.begin(manifest)
+        self.plan, self._capture = plan, capture
+        self.waited_share = 0.0
 
     def make(self, shards: Sequence[int]) -> None:
         """Make shards, one after another.
@@ -123,7 +171,7 @@ class Filler:
         Raises:
             StoppedEarly: asked to stop; committed shards stay. EagleOfflineError: see `eagle_offline.errors`.
         """
-        plan, settings = self._plan, self._plan.settings
+        plan, settings = self.plan, self.plan.settings
         work = [
             ShardWork(shard, plan.num_tokens(shard), plan.estimated_shard_bytes(shard), partial(self._samples, shard))
             for shard in shards
@@ -146,15 +194,10 @@ class Filler:
                 commit,
                 stream.waited_share,
             )
+            self.waited_share = stream.waited_share()
 
     def _samples(self, shard: int, log: ShardLog) -> Iterator[StoredSample | LostSample]:
         return self._stream.of_shard(shard, log)
-
-
-def _is_whole(directory: Path, recorded: Manifest, publisher: Publisher | None) -> bool:
-    if publisher is not None:
-        return publisher.is_whole(recorded)
-    return all((directory / name).is_file() for name in recorded.files)
 
 
 def finish(plan: Plan, publisher: Publisher | None = None) -> None:
@@ -196,15 +239,17 @@ def write_companions(plan: Plan, model: torch.nn.Module, head: Any, environment:
     return manifest
 
 
-def target_files(directory: Path) -> list[Path]:
+def target_files(source: TargetSource) -> list[Path]:
     """Return what a cache keeps of a checkpoint: its config, tokenizer and templates, without lists of weights."""
-    found = [path for pattern in _TARGET_FILES for path in sorted(directory.glob(pattern))]
-    return [path for path in found if not path.name.endswith(".index.json")]
+    directories = dict.fromkeys([source.directory, source.text_directory])
+    found = [path for place in directories for pattern in _TARGET_FILES for path in sorted(place.glob(pattern))]
+    by_name = {path.name: path for path in found if not path.name.endswith(".index.json")}
+    return list(by_name.values())
 
 
 def _companions(plan: Plan, model: torch.nn.Module, head: Any) -> dict[str, bytes]:
     """Return the content of every file that comes with the cache, by its path inside it."""
-    weight = input_embeddings(model).weight
+    weight = embedding_rows(model)
     # A checkpoint that was widened for a CPU goes back to its own dtype, exactly.
     stored_dtype = plan.config.dtype if isinstance(plan.config.dtype, torch.dtype) else weight.dtype
     embeddings = weight.detach().to(stored_dtype)
@@ -215,8 +260,10 @@ def _companions(plan: Plan, model: torch.nn.Module, head: Any) -> dict[str, byte
         EMBEDDINGS_FILE: embeddings_bytes(embeddings),
         vocab_file(plan.vocab.digest): vocab_bytes(plan.vocab.selected_token_ids),
     }
-    for path in target_files(plan.source.directory):
+    for path in target_files(plan.source):
         contents[f"{TARGET_DIRECTORY}/{path.name}"] = path.read_bytes()
+    if plan.source.adapter is not None:
+        contents[f"{TARGET_DIRECTORY}/config.json"] = plan.config.to_json_string().encode()
     if plan.settings.chat_template is not None:
         contents[f"{TARGET_DIRECTORY}/chat_template.jinja"] = plan.settings.chat_template.read_bytes()
     return contents

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,10 @@ import torch
 from eagle_offline.cache.choices import EncodingChoice
 from eagle_offline.cache.codec import estimated_row_bytes
 from eagle_offline.cache.filling import begun_cache
+from eagle_offline.cache.given_vocab import read_given_vocab
 from eagle_offline.cache.layout import ASIDE_DIRECTORY, CONFIG_FILE, TOKENS_DIRECTORY
 from eagle_offline.cache.manifest import (
+    AdapterIdentity,
     BatchPlan,
     CaptureIdentity,
     DatasetIdentity,
@@ -32,22 +34,26 @@ from eagle_offline.cache.writer import committed_shards
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.devices import resolve_device
 from eagle_offline.durable import make_directory
-from eagle_offline.errors import MismatchError
+from eagle_offline.errors import MismatchError, UsageError
 from eagle_offline.precompute.batch_probe import CPU_BATCH_TOKENS, LOCK_FILE, STORE_BATCH_TOKENS
+from eagle_offline.precompute.environment import refuse_other_environment
 from eagle_offline.provenance import digest_checkpoint
-from eagle_offline.target.batching import Batching
+from eagle_offline.target.adapters import AdapterSource
+from eagle_offline.target.architectures import implementations
+from eagle_offline.target.batching import SMALL_BATCH_TOKENS, Batching
 from eagle_offline.target.layout import default_aux_layer_ids, validate_aux_layer_ids
 from eagle_offline.target.load import (
     TargetSource,
-    attention_implementation,
+    is_quantised,
     load_config,
     resolve_target,
+    run_dtype,
 )
 from eagle_offline.text.rows import Source
-from eagle_offline.text.sources import resolve_sources
+from eagle_offline.text.sources import pinned_inputs, resolve_sources
 from eagle_offline.text.templates import template_digest, tokenizer_digest
 from eagle_offline.text.token_table import SourceRecord, TokenTable
-from eagle_offline.vocab import DraftVocab, choose_draft_vocab, resolve_size
+from eagle_offline.vocab import FILE_FLAG, SIZE_FLAG, DraftVocab, choose_draft_vocab, given_draft_vocab, resolve_size
 
 # Whatever else stands in an output directory belongs to somebody else.
 OWN_ENTRIES = {TOKENS_DIRECTORY, ASIDE_DIRECTORY, CONFIG_FILE, "status.json", LOCK_FILE}
@@ -57,6 +63,8 @@ _OF_A_RUN = {
     "output_dir",
     "staging_dir",
     "store_url",
+    "tokens_dir",
+    "tokenize_workers",
     "engine",
     "process_index",
     "process_count",
@@ -69,6 +77,14 @@ _OF_A_RUN = {
     "accept_environment",
     "dry_run",
 }
+
+
+Amendment = Callable[[Identity], Identity]
+
+
+def as_captured(identity: Identity) -> Identity:
+    """Return the identity of a cache that is made by running the target, as it is."""
+    return identity
 
 
 @dataclass(frozen=True)
@@ -123,11 +139,14 @@ class Plan:
         resolved = settings.model_copy(
             update={
                 "target_model": absolute(settings.target_model),
-                "input_data": absolute(settings.input_data),
+                "input_data": pinned_inputs(settings.input_data, self.table.meta.sources),
                 "chat_template": None if settings.chat_template is None else absolute(str(settings.chat_template)),
                 "revision": self.source.revision,
-                "data_revision": self.table.meta.sources[0].revision,
-                "draft_vocab_size": self.vocab.size,
+                "adapter": None if settings.adapter is None else absolute(settings.adapter),
+                "adapter_revision": None if self.source.adapter is None else self.source.adapter.revision,
+                "data_revision": None,
+                "draft_vocab_size": self.vocab.size if settings.draft_vocab is None else None,
+                "draft_vocab": None if settings.draft_vocab is None else absolute(str(settings.draft_vocab)),
                 "aux_layer_ids": tuple(capture.aux_layer_ids),
                 "batch_size": self.identity.batch_plan.batch_size,
                 "max_batch_tokens": self.identity.batch_plan.max_batch_tokens,
@@ -140,12 +159,16 @@ class Plan:
     def batching(self) -> Batching | None:
         """Return how much goes through the target at once, None while that is to be found out."""
         plan = self.identity.batch_plan
-        known = plan.batch_size is not None or plan.max_batch_tokens is not None
-        return Batching(plan.batch_size, plan.max_batch_tokens) if known else None
+        if plan.batch_size is None and plan.max_batch_tokens is None:
+            return None
+        # A CPU takes as long for a token of padding as for any other.
+        small = 0 if plan.device_kind == "cpu" else SMALL_BATCH_TOKENS
+        return Batching(plan.batch_size, plan.max_batch_tokens, small)
 
-    def with_batching(self, batching: Batching) -> Plan:
+    def with_batches(self, batch_size: int | None, max_batch_tokens: int | None) -> Plan:
         """Return the plan with what was found out."""
-        batch_plan = self.identity.batch_plan.model_copy(update=vars(batching))
+        found = {"batch_size": batch_size, "max_batch_tokens": max_batch_tokens}
+        batch_plan = self.identity.batch_plan.model_copy(update=found)
         return replace(self, identity=self.identity.model_copy(update={"batch_plan": batch_plan}))
 
     @cached_property
@@ -185,47 +208,66 @@ def check_settings(settings: PrecomputeSettings) -> None:
     text_config = config.get_text_config()
     device_kind = torch.device(resolve_device(settings.device)).type
     encoding_choice(settings)
-    resolve_size(settings.draft_vocab_size, text_config.vocab_size)
-    _capture_identity(settings, text_config, vocab_digest="", device_kind=device_kind)
+    draft_vocab_size(settings, text_config.vocab_size)
+    _capture_identity(settings, config, vocab_digest="", device_kind=device_kind)
 
 
-def refuse_other_settings(settings: PrecomputeSettings, tokenizer: Any, recorded: Manifest) -> None:
+def refuse_other_settings(
+    settings: PrecomputeSettings, tokenizer: Any, recorded: Manifest, amended: Amendment = as_captured
+) -> None:
     """Refuse settings and inputs other than those of a cache that was begun, before anything is tokenised again.
+
+    Args:
+        amended: what becomes of the identity of a cache that is not made by running the target.
 
     Raises:
         MismatchError: names each differing field.
     """
     sources = resolve_sources(settings.input_data, split=settings.split, revision=settings.data_revision)
     dataset = recorded.identity.dataset.model_copy(
-        update={"sources": source_identities(sources), "shuffle_seed": settings.shuffle_seed}
+        update={"sources": _source_identities(sources), "shuffle_seed": settings.shuffle_seed}
     )
     vocab_digest = recorded.defaults.draft_vocabulary.digest
-    found = identity_of(settings, tokenizer, dataset, vocab_digest, recorded)
+    found = amended(_identity(settings, tokenizer, dataset, vocab_digest, recorded))
+    refuse_other_environment(settings.output_dir, recorded.identity.batch_plan, found.batch_plan)
     refuse_drift(settings.output_dir, recorded.identity, found)
 
 
-def plan_cache(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any, recorded: Manifest | None) -> Plan:
+def plan_cache(
+    settings: PrecomputeSettings,
+    table: TokenTable,
+    tokenizer: Any,
+    recorded: Manifest | None,
+    amended: Amendment = as_captured,
+    selected_token_ids: np.ndarray | None = None,
+) -> Plan:
     """Settle what the cache is; refuse what cannot be, and what differs from a cache that was begun.
+
+    Args:
+        amended: as for `refuse_other_settings`.
+        selected_token_ids: int64 ``[Vd]``, ascending, in place of a draft vocabulary that the settings choose.
 
     Raises:
         UsageError, MismatchError: see `eagle_offline.errors`.
     """
-    source, config = resolve_config(settings)
+    source, config = resolve_config(settings, weights=True)
     vocab = draft_vocab(settings, table, tokenizer)
+    if selected_token_ids is not None:
+        vocab = given_draft_vocab(selected_token_ids, table.supervised_counts(), vocab.vocab_size)
     dataset = DatasetIdentity(
-        sources=source_identities(table.meta.sources),
+        sources=_source_identities(table.meta.sources),
         shuffle_seed=settings.shuffle_seed,
         num_samples=table.meta.num_rows,
         rows_digest=table.meta.rows_digest,
     )
-    identity = identity_of(settings, tokenizer, dataset, vocab.digest, recorded)
+    identity = amended(_identity(settings, tokenizer, dataset, vocab.digest, recorded))
     if recorded is not None:
         refuse_drift(settings.output_dir, recorded.identity, identity)
         default = recorded.defaults.draft_vocabulary
         if default.digest != vocab.digest:
             raise MismatchError(
                 f"{settings.output_dir} was begun with another draft vocabulary: --draft-vocab-size recorded "
-                f"{default.size}, now {vocab.size}; give the recorded size again, or choose another --output-dir"
+                f"{default.size}, now {vocab.size}; give the recorded one again, or choose another --output-dir"
             )
     return Plan(settings, source, config, tokenizer, table, vocab, identity, resolve_device(settings.device))
 
@@ -243,6 +285,10 @@ def draft_vocab(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any)
             f"the tokenizer gives token {table.meta.max_token_id}, the model has {vocab_size} tokens only: "
             f"tokenizer and model of {settings.target_model} do not belong together"
         )
+    if settings.draft_vocab is not None:
+        digest = tokenizer_digest(tokenizer)
+        ids = read_given_vocab(settings.draft_vocab, vocab_size, digest, settings.target_model)
+        return given_draft_vocab(ids, table.supervised_counts(), vocab_size)
     return choose_draft_vocab(
         table.supervised_counts(),
         required_token_ids(source, tokenizer),
@@ -251,17 +297,37 @@ def draft_vocab(settings: PrecomputeSettings, table: TokenTable, tokenizer: Any)
     )
 
 
-def resolve_config(settings: PrecomputeSettings) -> tuple[TargetSource, Any]:
-    """Return the target's files and its config; no weight is loaded.
+def draft_vocab_size(settings: PrecomputeSettings, vocab_size: int) -> int:
+    """Return how many tokens a draft can propose, of a target that has ``vocab_size``.
+
+    Raises:
+        UsageError: more than there are, or asked for in two ways. DataError, MismatchError: see `read_given_vocab`.
+    """
+    if settings.draft_vocab is None:
+        return resolve_size(settings.draft_vocab_size, vocab_size)
+    if settings.draft_vocab_size is not None:
+        raise UsageError(f"{SIZE_FLAG} and {FILE_FLAG} exclude each other: give one of them")
+    return len(read_given_vocab(settings.draft_vocab, vocab_size, None, settings.target_model))
+
+
+def resolve_config(settings: PrecomputeSettings, *, weights: bool = False) -> tuple[TargetSource, Any]:
+    """Return the target's files, its weights among them if asked for, and its config; no weight is loaded.
 
     Raises:
         UsageError, DataError: see `resolve_target`.
     """
-    source = resolve_target(settings.target_model, settings.revision, settings.trust_remote_code)
+    source = resolve_target(
+        settings.target_model,
+        settings.revision,
+        settings.trust_remote_code,
+        weights=weights,
+        adapter=settings.adapter,
+        adapter_revision=settings.adapter_revision,
+    )
     return source, load_config(source)
 
 
-def identity_of(
+def _identity(
     settings: PrecomputeSettings,
     tokenizer: Any,
     dataset: DatasetIdentity,
@@ -269,7 +335,7 @@ def identity_of(
     recorded: Manifest | None,
 ) -> Identity:
     """Return what the cache is; no weight is loaded for it."""
-    source, config = resolve_config(settings)
+    source, config = resolve_config(settings, weights=True)
     text_config = config.get_text_config()
     device_kind = torch.device(resolve_device(settings.device)).type
     return Identity(
@@ -277,7 +343,7 @@ def identity_of(
             id=source.id,
             revision=source.revision,
             checkpoint_digest=digest_checkpoint(source.directory, rehash=settings.rehash),
-            adapter=None,
+            adapter=None if source.adapter is None else _adapter_identity(source.adapter),
             architecture=(config.architectures or [config.model_type])[0],
             num_layers=text_config.num_hidden_layers,
             hidden_size=text_config.hidden_size,
@@ -289,9 +355,13 @@ def identity_of(
             seq_length=settings.seq_length,
         ),
         dataset=dataset,
-        capture=_capture_identity(settings, text_config, vocab_digest, device_kind),
+        capture=_capture_identity(settings, config, vocab_digest, device_kind),
         batch_plan=_batch_plan(settings, config, device_kind, recorded),
     )
+
+
+def _adapter_identity(adapter: AdapterSource) -> AdapterIdentity:
+    return AdapterIdentity(id=adapter.id, revision=adapter.revision, digest=adapter.digest())
 
 
 def _batch_plan(settings: PrecomputeSettings, config: Any, device_kind: str, recorded: Manifest | None) -> BatchPlan:
@@ -305,13 +375,21 @@ def _batch_plan(settings: PrecomputeSettings, config: Any, device_kind: str, rec
             max_batch_tokens = CPU_BATCH_TOKENS
         elif settings.store_url is not None and settings.process_count > 1:
             max_batch_tokens = STORE_BATCH_TOKENS
+    tensor_parallel_size = settings.tensor_parallel_size
+    if settings.accept_environment and recorded is not None:
+        # Records of shards say where each was made in truth.
+        device_kind = recorded.identity.batch_plan.device_kind
+        tensor_parallel_size = recorded.identity.batch_plan.tensor_parallel_size
+    chosen = implementations(
+        config, device_kind, run_dtype(config, device_kind, settings.compute_dtype) or torch.float32
+    )
     return BatchPlan(
         batch_size=batch_size,
         max_batch_tokens=max_batch_tokens,
         order="length",
-        attention_implementation=attention_implementation(config),
-        experts_implementation=None,
-        tensor_parallel_size=1,
+        attention_implementation=chosen.attention,
+        experts_implementation=chosen.experts,
+        tensor_parallel_size=tensor_parallel_size,
         device_kind=device_kind,
     )
 
@@ -327,17 +405,17 @@ def required_token_ids(source: TargetSource, tokenizer: Any) -> list[int]:
     return [token for token in ids if token is not None]
 
 
-def source_identities(sources: Sequence[Source | SourceRecord]) -> list[SourceIdentity]:
+def _source_identities(sources: Sequence[Source | SourceRecord]) -> list[SourceIdentity]:
     return [SourceIdentity.model_validate(source, from_attributes=True) for source in sources]
 
 
 def _capture_identity(
     settings: PrecomputeSettings, config: Any, vocab_digest: str, device_kind: str
 ) -> CaptureIdentity:
-    ids = aux_layer_ids(settings, config.num_hidden_layers)
+    text_config = config.get_text_config()
+    ids = aux_layer_ids(settings, text_config.num_hidden_layers)
     choice = encoding_choice(settings)
-    draft_vocab_size = resolve_size(settings.draft_vocab_size, config.vocab_size)
-    own_dtype = "fp32" if device_kind == "cpu" else "checkpoint"
+    own_dtype = "fp32" if device_kind == "cpu" and not is_quantised(config) else "checkpoint"
     return CaptureIdentity(
         aux_layer_ids=ids,
         dtype=settings.dtype,
@@ -349,7 +427,7 @@ def _capture_identity(
         shard_size=settings.shard_size,
         format=settings.format,
         compressor=choice.zarr_compressor,
-        fields=choice.fields(ids, config.hidden_size, draft_vocab_size),
+        fields=choice.fields(ids, text_config.hidden_size, draft_vocab_size(settings, text_config.vocab_size)),
     )
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from eagle_offline.cache.layout import LAST_HIDDEN_STATE, STORED_DTYPES, TARGET_
 from eagle_offline.cache.samples import EncodingErrors, encode_fields
 from eagle_offline.cache.zarr_shards import ZSTD_LEVEL
 from eagle_offline.config import PrecomputeSettings
-from eagle_offline.errors import EagleOfflineError, StoppedEarly
+from eagle_offline.errors import EagleOfflineError, StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.precompute.batch_probe import CPU_BATCH_TOKENS, find_batch_tokens
 from eagle_offline.precompute.estimate_record import Probe
@@ -33,6 +34,7 @@ from eagle_offline.target.capture import Capture, CapturedSample, TokenSample, c
 from eagle_offline.target.hooks import HFEagle3TargetModel
 from eagle_offline.target.layout import read_head
 from eagle_offline.target.load import DTYPES, TargetSource, load_model
+from eagle_offline.target.spread import load_spread
 from eagle_offline.text.token_table import TokenTable
 from eagle_offline.vocab import DraftVocab
 
@@ -120,8 +122,15 @@ def _run_target(
     device: str,
     stop: StopRequest,
 ) -> Measurements:
-    model = load_model(source, device, settings.compute_dtype)
+    if settings.tensor_parallel_size > 1:
+        raise UsageError(
+            f"--tensor-parallel-size {settings.tensor_parallel_size}: one process probes; spread the target with "
+            "--device-map auto in its stead, or add --no-probe"
+        )
+    load = load_model if settings.device_map is None else partial(load_spread, device_map=settings.device_map)
+    model = load(source, device, settings.compute_dtype)
     target = HFEagle3TargetModel(model, layer_ids)
+    target.position_limits.check(int(table.lengths.max()))
     check_capture(target, read_head(model), _sample(table, 0))
     head = read_head(model).to(device, DTYPES[settings.dtype])
     selected = torch.from_numpy(vocab.selected_token_ids)

@@ -35,7 +35,14 @@ def evaluate_draft(settings: EvaluateSettings, draft: ServedDraft, stop: StopReq
         EagleOfflineError: target, draft or prompts that cannot be read, or that do not belong together.
     """
     sampling = Sampling(settings.temperature, settings.top_p)
-    source = resolve_target(settings.target, settings.revision, settings.trust_remote_code, flag="--target")
+    source = resolve_target(
+        settings.target,
+        settings.revision,
+        settings.trust_remote_code,
+        flag="--target",
+        adapter=settings.adapter,
+        adapter_revision=settings.adapter_revision,
+    )
     check_belongs(draft, settings.draft, source, any_checkpoint=settings.any_target)
     template = ChatTemplate(load_tokenizer(source, settings.chat_template))
     if settings.prompts is None:

@@ -10,12 +10,11 @@ import torch
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.draft.from_target import initial_draft
 from eagle_offline.errors import MismatchError
-from eagle_offline.provenance import digest_checkpoint
 from eagle_offline.serving.drafts import ServedDraft
 from eagle_offline.supervision import Head
 from eagle_offline.target.hooks import HFEagle3TargetModel
 from eagle_offline.target.layout import default_aux_layer_ids, read_head
-from eagle_offline.target.load import TargetSource, load_config
+from eagle_offline.target.load import TargetSource, load_config, target_digest
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,12 @@ def check_belongs(draft: ServedDraft, name: str, source: TargetSource, *, any_ch
                 + (f"; it was made for {origin.target_id}" if origin is not None else "")
             )
     if origin is not None and not any_checkpoint:
-        digest = digest_checkpoint(source.directory)
+        digest = target_digest(source)
         if digest != origin.target_digest:
             raise MismatchError(
                 f"{name} was made for {origin.target_id} with digest {origin.target_digest}, but {source.directory} "
-                f"has {digest}: its weights, config, tokenizer or chat template differ; pass --any-target to go on all "
-                "the same"
+                f"has {digest}: its weights, adapter, config, tokenizer or chat template differ; pass --any-target to "
+                "go on all the same"
             )
 
 

@@ -14,6 +14,7 @@ from eagle_offline.errors import MismatchError
 from eagle_offline.supervision import Head, supervised_positions
 from eagle_offline.target.copies import Copies
 from eagle_offline.target.hooks import HFEagle3TargetModel
+from eagle_offline.target.padding import check_padding
 
 # How far logits recomputed from the final state may be from the model's own, relative to their largest value.
 _LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -115,7 +116,7 @@ class Capture:
             input_ids[row, : lengths[row]] = torch.from_numpy(sample.input_ids)
             places.append(torch.arange(row * width, row * width + lengths[row]))
             supervised.append(places[-1][supervised_positions(torch.from_numpy(sample.loss_mask))])
-        layers, last = self._target.capture(self._copies.to_device(input_ids))
+        layers, last = self._target.capture(self._copies.to_device(input_ids), lengths)
         with torch.inference_mode():
             # Padding stays behind: a batch travels as its tokens end to end.
             real = self._copies.to_device(torch.cat(places))
@@ -196,6 +197,7 @@ def check_capture(target: HFEagle3TargetModel, head: Head, sample: TokenSample) 
         MismatchError: states differ from a plain forward's, or the head does not reproduce the model's logits.
     """
     input_ids = torch.tensor(sample.input_ids[:_CHECK_TOKENS], dtype=torch.int64)[None]
+    check_padding(target, input_ids)
     layers, last = target.capture(input_ids)
     device = target.get_input_embeddings().weight.device
     whole = target.generate_batch(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Copies:
-    """Copies beside the device's work. On a CPU nothing is copied.
+    """Copies beside the device's work, with CUDA; on a CPU nothing is copied.
 
     Args:
         device: where the work is done.
@@ -22,7 +22,7 @@ class Copies:
 
     def to_device(self, tensor: Tensor) -> Tensor:
         """Return a host's tensor on the device; work that is given to the device afterwards finds it there."""
-        return tensor if self._stream is None else tensor.pin_memory().to(self._device, non_blocking=True)
+        return (tensor if self._stream is None else tensor.pin_memory()).to(self._device, non_blocking=True)
 
     def to_host(self, *groups: dict[str, Tensor]) -> Callable[[], tuple[dict[str, Tensor], ...]]:
         """Begin to bring tensors of the device down, by name; return what waits for them, on any thread.
@@ -30,7 +30,8 @@ class Copies:
         No more than two calls' tensors are on the way at a time: a call first waits for those of the one before.
         """
         if self._stream is None:
-            return lambda: groups
+            down = tuple({name: tensor.cpu() for name, tensor in group.items()} for group in groups)
+            return lambda: down
         if self._last is not None:
             self._last.synchronize()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))

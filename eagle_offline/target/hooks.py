@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from eagle_offline.target.layout import (
     input_embeddings,
     validate_aux_layer_ids,
 )
+from eagle_offline.target.positions import position_limits
 
 
 @dataclass
@@ -92,6 +93,7 @@ class HFEagle3TargetModel:
         if aux_layer_ids is None:
             aux_layer_ids = self._default_aux_layer_ids()
         self.aux_layer_ids = self._validate_aux_layer_ids(aux_layer_ids)
+        self.position_limits = position_limits(model)
 
     def _get_transformer_layers(self) -> list[nn.Module]:
         return self._layers
@@ -107,6 +109,13 @@ class HFEagle3TargetModel:
         if missing:
             raise MismatchError(
                 f"{type(self.model).__name__} did not run its decoder layers {missing}: states cannot be captured"
+            )
+        wrong = [layer_id for layer_id in self.aux_layer_ids if captured[layer_id].dim() != 3]
+        if wrong:
+            shape = list(captured[wrong[0]].shape)
+            raise MismatchError(
+                f"{type(self.model).__name__}: decoder layer {wrong[0]} gives states of shape {shape}, expected one "
+                "vector a token; architectures with several streams between layers cannot be captured"
             )
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -134,7 +143,7 @@ class HFEagle3TargetModel:
             for handle in handles:
                 handle.remove()
 
-    def capture(self, input_ids: Tensor) -> tuple[list[Tensor], Tensor]:
+    def capture(self, input_ids: Tensor, lengths: Sequence[int] | None = None) -> tuple[list[Tensor], Tensor]:
         """Run the decoder without its head over rows of one document each, padded on the right.
 
         No mask is passed: attention is causal, so what stands right of a row's end cannot reach it, and the
@@ -142,11 +151,31 @@ class HFEagle3TargetModel:
 
         Args:
             input_ids: int64 ``[B, T]``.
+            lengths: tokens of each row; None for ``T``. Of use where rotary frequencies depend on the longest row of a
+                forward: rows on either side of that switch then go through the target apart.
 
         Returns:
             The aux states, one ``[B, T, H]`` a layer in ``aux_layer_ids`` order, and the final state ``[B, T, H]``
             after the final norm, all in the compute dtype.
         """
+        switch = self.position_limits.frequency_switch
+        short = [] if switch is None else [row for row, length in enumerate(lengths or ()) if length <= switch]
+        if not short or input_ids.shape[1] <= cast(int, switch):
+            return self._run(input_ids)
+        long = [row for row in range(len(input_ids)) if row not in short]
+        parts = [(short, self._run(input_ids[short, :switch]))]
+        parts += [(long, self._run(input_ids[long]))] if long else []
+        rows = [row for part, _ in parts for row in part]
+
+        def joined(states: Sequence[Tensor]) -> Tensor:
+            """Return rows in their order again, the short ones with zeros on their right."""
+            padded = [nn.functional.pad(state, (0, 0, 0, input_ids.shape[1] - state.shape[1])) for state in states]
+            return torch.cat(padded)[[rows.index(row) for row in range(len(rows))]]
+
+        layers = [joined(states) for states in zip(*(layers for _, (layers, _) in parts), strict=True)]
+        return layers, joined([last for _, (_, last) in parts])
+
+    def _run(self, input_ids: Tensor) -> tuple[list[Tensor], Tensor]:
         with torch.inference_mode(), self.capturing() as captured:
             output = self.decoder(input_ids.to(self.get_input_embeddings().weight.device), use_cache=False)
         self._check_captured(captured)

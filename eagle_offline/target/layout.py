@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from eagle_offline.errors import MismatchError, UsageError
 from eagle_offline.supervision import Head
 
-# Paths from the model to the module that owns the decoder layers, and that module's attribute. Order matters:
-# a multimodal wrapper has both `model` and `model.language_model`.
-_LAYER_PATHS = (
-    ("model.language_model", "layers"),
-    ("language_model.model", "layers"),
-    ("model", "layers"),
-    ("transformer", "h"),
-    ("", "layers"),
-)
+# Where the module that owns the decoder layers stands in a model that does not say so itself, and what it calls
+# them. Order matters: a multimodal wrapper has both `model` and `model.language_model`.
+_OWNERS = ("model.language_model", "language_model.model", "model", "transformer", "")
+_LAYER_LISTS = ("layers", "h", "blocks")
 
+# What architectures call the factors and the bound between their head's product and their logits.
+_LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+_LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+_LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# These multiply by what others divide by.
+_MULTIPLIES_LOGITS_SCALING = ("hyperclovax",)
 
-def _follow(model: nn.Module, path: str) -> nn.Module | None:
-    module: nn.Module | None = model
-    for name in path.split(".") if path else ():
-        module = getattr(module, name, None)
-    return module
+# Rows of an identity matrix that go through a quantised head at once.
+_IDENTITY_ROWS = 256
 
 
 def find_decoder(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
@@ -37,15 +36,35 @@ def find_decoder(model: nn.Module) -> tuple[nn.Module, list[nn.Module]]:
     Raises:
         MismatchError: no such list under any known name.
     """
-    for path, attribute in _LAYER_PATHS:
-        owner = _follow(model, path)
-        layers = getattr(owner, attribute, None)
-        if isinstance(layers, nn.ModuleDict):
-            return owner, [layers[str(index)] for index in range(len(layers))]  # type: ignore[return-value]
-        if isinstance(layers, nn.ModuleList):
-            return owner, list(layers)  # type: ignore[return-value]
-    known = ", ".join(".".join(filter(None, pair)) for pair in _LAYER_PATHS)
-    raise MismatchError(f"{type(model).__name__} has no list of decoder layers under any of: {known}")
+    for owner in _possible_owners(model):
+        for attribute in _LAYER_LISTS:
+            layers = getattr(owner, attribute, None)
+            if isinstance(layers, nn.ModuleDict):
+                return owner, [layers[str(index)] for index in range(len(layers))]
+            if isinstance(layers, nn.ModuleList):
+                return owner, list(layers)
+    owners = ", ".join(filter(None, _OWNERS))
+    raise MismatchError(
+        f"{type(model).__name__} has no list of decoder layers, {' or '.join(_LAYER_LISTS)}, in any of: {owners}; "
+        "encoders, and models that run their layers in another way, cannot be captured"
+    )
+
+
+def _possible_owners(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what the model calls its decoder, the innermost last, then what stands at known places."""
+    owner: Any = model
+    while hasattr(owner, "get_decoder"):
+        inner = owner.get_decoder()
+        if inner is owner or not isinstance(inner, nn.Module):
+            break
+        yield inner
+        owner = inner
+    for path in _OWNERS:
+        module: Any = model
+        for name in path.split(".") if path else ():
+            module = getattr(module, name, None)
+        if isinstance(module, nn.Module):
+            yield module
 
 
 def default_aux_layer_ids(num_layers: int) -> list[int]:
@@ -95,15 +114,48 @@ def read_head(model: nn.Module) -> Head:
         raise MismatchError(f"{type(model).__name__} has no language-model head")
     config = causal_lm.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    divisor = getattr(config, "logits_scaling", None)
-    scale = 1.0 / divisor if divisor else float(getattr(config, "logit_scale", None) or 1.0)
     bias = getattr(output, "bias", None)
     return Head(
-        weight=output.weight.detach(),
+        weight=_head_rows(output, config),
         bias=None if bias is None else bias.detach(),
-        scale=scale,
-        soft_cap=getattr(config, "final_logit_softcapping", None),
+        scale=_logit_scale(config),
+        soft_cap=next((cap for name in _LOGIT_CAPS if (cap := getattr(config, name, None))), None),
     )
+
+
+def _logit_scale(config: Any) -> float:
+    scale = 1.0
+    for name in (*_LOGIT_FACTORS, *_LOGIT_DIVISORS):
+        value = getattr(config, name, None)
+        if not isinstance(value, int | float) or not value:
+            continue
+        multiplies = name in _LOGIT_FACTORS or str(config.model_type).startswith(_MULTIPLIES_LOGITS_SCALING)
+        scale *= value if multiplies else 1.0 / value
+    return scale
+
+
+def _head_rows(output: nn.Module, config: Any) -> Tensor:
+    """Return ``[V, H]``; of a quantised head, packed in whatever way, what it makes of the unit vectors."""
+    weight = getattr(output, "weight", None)
+    if isinstance(weight, Tensor) and is_plain(weight):
+        return weight.detach()
+    place = next(iter([*output.parameters(), *output.buffers()])).device
+    unit_vectors = torch.eye(config.hidden_size, dtype=config.dtype, device=place)
+    bias = getattr(output, "bias", None)
+    with torch.inference_mode():
+        columns = [output(rows) - (0 if bias is None else bias) for rows in unit_vectors.split(_IDENTITY_ROWS)]
+        return torch.cat(columns).T.contiguous()
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Return whether a weight is stored as the numbers that it is multiplied by."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype.itemsize > 1 and weight.is_floating_point()
+
+
+def embedding_rows(model: nn.Module) -> Tensor:
+    """Return ``[V, H]``: the input embeddings, before any scale that the model applies to them."""
+    weight: Any = input_embeddings(model).weight
+    return weight.detach() if is_plain(weight) else weight.dequantize()
 
 
 def input_embeddings(model: nn.Module) -> nn.Embedding:

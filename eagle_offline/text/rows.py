@@ -81,8 +81,8 @@ def iter_rows(source: Source) -> Iterator[Row]:
     return itertools.islice(_iter_file(source, source.path), source.first_row, source.stop_row)
 
 
-def count_rows(source: Source, path: Path) -> int:
-    """Return how many rows the local file of `source` holds, parsing no more than needed to count.
+def count_rows(source: Source, path: Path, at_most: int | None = None) -> int:
+    """Return how many rows the local file of `source` holds, parsing no more than needed to count up to `at_most`.
 
     Raises:
         DataError: As `iter_rows`.
@@ -90,8 +90,8 @@ def count_rows(source: Source, path: Path) -> int:
     if path.suffix.lower() == ".parquet":
         return _open_parquet(path).metadata.num_rows
     if path.suffix.lower() == ".jsonl":
-        return sum(1 for _ in _iter_lines(path))
-    return sum(1 for _ in _iter_json(source, path))
+        return sum(1 for _ in itertools.islice(_iter_lines(path), at_most))
+    return sum(1 for _ in itertools.islice(_iter_json(source, path), at_most))
 
 
 def _iter_hub(source: Source) -> Iterator[Row]:

@@ -1,4 +1,4 @@
-"""Finds the input: local JSONL, JSON and Parquet files, directories of them, hub datasets, and which rows of them.
+"""Finds the inputs: local JSONL, JSON and Parquet files, directories of them, hub datasets, and which rows of them.
 
 Names and digests what there is; what stands in a row is not known here.
 """
@@ -6,49 +6,114 @@ Names and digests what there is; what stands in a row is not known here.
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from eagle_offline.errors import DataError, UsageError, one_line
 from eagle_offline.provenance import digest_file
-from eagle_offline.text.hub import identify, is_hub_id, load_split
+from eagle_offline.text.hub import identify, load_split
+from eagle_offline.text.input_names import listed_inputs, named_apart, parse_input
 from eagle_offline.text.rows import DATA_SUFFIXES, Source, count_rows
+from eagle_offline.text.token_table import SourceRecord
 
 _SPLIT = re.compile(r"(?P<name>[\w.-]*)(?P<slice>\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 _SHARD_SUFFIX = re.compile(r"-\d+-of-\d+$")  # how hub exports number the files of one split
 
 
-def resolve_sources(input_data: str, *, split: str | None = None, revision: str | None = None) -> tuple[Source, ...]:
-    """Name every file or dataset that `input_data` stands for, in reading order, each with a digest.
+def resolve_sources(
+    input_data: str | Sequence[str], *, split: str | None = None, revision: str | None = None, digests: bool = True
+) -> tuple[Source, ...]:
+    """Name every file or dataset that the inputs stand for, in reading order, each with a digest.
 
-    `split` selects files by name (`train` takes `train.jsonl`, `train-00000-of-00002.parquet`, `train/a.json`); a slice
-    (`train[:100]`, `[10:20]`, `[-5:]`, `[:10%]`) counts rows over all selected files in order.
+    An input is `NAME[@REVISION][:SPLIT]`; `split` and `revision` are for those that say none of their own. A split
+    selects files by name (`train` takes `train.jsonl`, `train-00000-of-00002.parquet`, `train/a.json`); a slice
+    (`train[:100]`, `[10:20]`, `[-5:]`, `[:10%]`) counts rows over all selected files of an input in order.
+
+    Args:
+        input_data: One input, or several.
+        split, revision: For inputs without; a revision is for hub datasets only.
+        digests: Without them no file is read as a whole, and each digest is empty.
 
     Raises:
         DataError: Nothing is there, it is empty, or the hub cannot give it.
-        UsageError: A split that does not exist or cannot be read, a slice without rows, a file of another kind, or a
-            revision for local files.
+        UsageError: A split that does not exist or cannot be read, a slice without rows, a file of another kind, rows
+            that are asked for twice, or a revision for local files alone.
     """
-    if not input_data.strip():
-        raise UsageError("the input data is an empty string; pass a file, a directory or a hub id `owner/name`")
-    path = Path(input_data).expanduser()
-    if not path.exists():
-        if is_hub_id(input_data) and path.suffix.lower() not in DATA_SUFFIXES:
-            return (_describe_hub(input_data, split, revision),)
-        raise DataError(f"{input_data}: no such file or directory; pass a file, a directory or a hub id `owner/name`")
-    if revision is not None:
+    inputs = [parse_input(text) for text in listed_inputs(input_data)]
+    if not inputs:
+        raise UsageError("no input data; pass a file, a directory or a hub id `owner/name`")
+    if revision is not None and all(given.path is not None for given in inputs):
         raise UsageError(
-            f"{path}: a revision ({revision}) belongs to a hub dataset, this is a local path; leave it out"
+            f"{inputs[0].name}: a revision ({revision}) belongs to a hub dataset, this is a local path; leave it out"
         )
+    digest = cache(digest_file) if digests else lambda _: ""
+    sources: list[Source] = []
+    for given in inputs:
+        wanted = given.split if given.split is not None else split
+        if given.path is None:
+            sources.append(_describe_hub(given.name, wanted, given.revision or revision))
+        else:
+            sources += _describe_local(given.path, wanted, digest)
+    _refuse_rows_twice(sources)
+    return named_apart(sources)
+
+
+def pinned_inputs(input_data: str | Sequence[str], sources: Sequence[Source | SourceRecord]) -> tuple[str, ...]:
+    """Return the inputs that name the same from any working directory and at any later time.
+
+    Args:
+        input_data: The inputs that `sources` were resolved from.
+        sources: In reading order.
+    """
+    hub_sources = (source for source in sources if source.hub_id is not None)
+    pinned = []
+    for given in map(parse_input, listed_inputs(input_data)):
+        if given.path is not None:
+            # JSON has no place for names that are no Unicode text.
+            name = os.fsencode(given.path.absolute()).decode(errors="replace")
+        else:
+            revision = next(hub_sources).revision
+            name = given.name + (f"@{revision}" if revision else "")
+        pinned.append(name + (f":{given.split}" if given.split is not None else ""))
+    return tuple(pinned)
+
+
+def _describe_local(path: Path, split: str | None, digest: Callable[[Path], str]) -> tuple[Source, ...]:
+    """Return the wanted rows of a file, or of the files of a directory."""
     wanted = _parse_split(split) if split is not None else None
     files = _list_files(path)
     if wanted is not None and wanted["name"]:
         files = _select_split(path, files, wanted["name"])
-    sources = tuple(_describe_file(path, file, split) for file in files)
+    sources = tuple(_describe_file(path, file, split, digest) for file in files)
     if wanted is not None and wanted["slice"]:
         return _slice_sources(sources, wanted["start"], wanted["stop"], str(split))
     return sources
+
+
+def _refuse_rows_twice(sources: Sequence[Source]) -> None:
+    """Refuse a row that is asked for twice; several parts of one file are fine."""
+    taken: dict[object, list[Source]] = {}
+    for source in sources:
+        whole = (source.hub_id, source.revision, source.split)
+        key = whole if source.path is None else os.path.realpath(source.path)
+        for other in taken.setdefault(key, []):
+            first = max(source.first_row, other.first_row)
+            stop = min(_stop(source), _stop(other))
+            if first < stop:
+                place = source.path or source.name
+                raise UsageError(
+                    f"the input data names {place} twice, row {first + 1} among others; give each row once, or parts "
+                    "that do not overlap, such as FILE:[:100] and FILE:[100:]"
+                )
+        taken[key].append(source)
+
+
+def _stop(source: Source) -> float:
+    return math.inf if source.stop_row is None else source.stop_row
 
 
 def _list_files(path: Path) -> list[Path]:
@@ -96,25 +161,31 @@ def _split_names(root: Path, file: Path) -> list[str]:
     return [_SHARD_SUFFIX.sub("", file.stem), *directories]
 
 
-def _describe_file(root: Path, file: Path, split: str | None) -> Source:
+def _describe_file(root: Path, file: Path, split: str | None, digest: Callable[[Path], str]) -> Source:
     name = file.name if file == root else file.relative_to(root).as_posix()
     try:
         num_bytes = file.stat().st_size
         if num_bytes == 0:
             raise DataError(f"{file}: an empty file; give it rows or take it away")
-        digest = digest_file(file)
+        return Source(name, file, None, split, None, num_bytes, digest(file))
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({one_line(error.strerror or error)})") from error
-    return Source(name, file, None, split, None, num_bytes, digest)
 
 
 def _slice_sources(sources: Sequence[Source], start: str | None, stop: str | None, split: str) -> tuple[Source, ...]:
     """Spread one slice over the rows of all `sources` in order; sources without a wanted row are left out."""
-    counts = [count_rows(source, source.path) for source in sources if source.path is not None]
-    total = sum(counts)
+    # A slice from the front needs no rows counted behind its end.
+    end = int(stop) if stop is not None and stop.isdigit() and (start is None or start.isdigit()) else None
+    counts, total = [], 0
+    for source in sources:
+        assert source.path is not None
+        within = end is None or total < end
+        counts.append(count_rows(source, source.path, None if end is None else end - total) if within else 0)
+        total += counts[-1]
     first, last, _ = slice(_slice_bound(start, total), _slice_bound(stop, total)).indices(total)
     if first >= last:
-        raise UsageError(f"--split {split} selects no row of {total}; expected a slice that holds at least one")
+        counted = f" of {total}" if end is None else ""
+        raise UsageError(f"--split {split} selects no row{counted}; expected a slice that holds at least one")
     wanted = []
     offset = 0
     for source, count in zip(sources, counts, strict=True):

@@ -3,8 +3,8 @@
 The one place that knows Jinja templates and tokenizer offsets; knows neither files nor the token table.
 
 The assistant's text is found as character spans of the rendering, by one of two ways: the template's own
-`{% generation %}` tags, or, without tags, by rendering prefixes of the conversation and checking that each is a
-prefix of the whole. Then one rule maps characters to tokens: **a token is supervised iff its first character lies in
+`{% generation %}` tags, or, without tags, by rendering parts of the conversation and checking that they agree with
+the whole. Then one rule maps characters to tokens: **a token is supervised iff its first character lies in
 a span.** So a token that straddles the start of a span is not, and an end-of-turn token that swallows the template's
 line break after it is.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,11 @@ import numpy as np
 
 from eagle_offline.errors import DataError, MismatchError, UsageError, one_line
 from eagle_offline.provenance import digest_json
+from eagle_offline.text.assistant_spans import Messages, Span, SpanFinder
 from eagle_offline.text.conversations import REASONING_KEYS, Message, RowProblem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Span = tuple[int, int]
 
 EXCERPT_CHARACTERS = 24
 
@@ -59,37 +58,48 @@ class ChatTemplate:
     """A tokenizer together with its chat template.
 
     Args:
-        tokenizer: A transformers tokenizer, fast or slow; not changed.
-
-    Raises:
-        MismatchError: There is no template.
+        tokenizer: A transformers tokenizer, fast or slow; not changed. Without a template it encodes no conversation.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not tokenizer.chat_template:
-            name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-            raise MismatchError(
-                f"tokenizer {name}: it has no chat template; pass one with `--chat-template FILE` (Jinja)"
-            )
         self.tokenizer = tokenizer
 
-    def encode(self, conversation: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> Encoded:
+    @cached_property
+    def vocab_size(self) -> int:
+        """Return the tokenizer's largest id, plus 1."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    def encode(
+        self,
+        conversation: Sequence[Message],
+        tools: list[dict[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Encoded:
         """Render and tokenize a conversation; nothing is truncated, no special token is added to the rendering.
 
         Worked example, one token a word, `|` between tokens, supervised ones marked (ChatML, without tags):
         `<|im_start|>|user|hi|<|im_end|>|<|im_start|>|assistant|yes*|<|im_end|>*`
 
+        Args:
+            conversation: The turns.
+            tools: Tool schemas.
+            arguments: Further variables of the template, such as `enable_thinking`.
+
         Raises:
             RowProblem: `template-refused` (the template raises on this conversation) or `invalid-text`.
             DataError: The template has no tags and its prefixes disagree with the whole rendering.
             UsageError: The template is not valid Jinja.
+            MismatchError: There is no template.
         """
-        messages = [message.as_template_input() for message in conversation]
-        jinja = self._jinja(tools)
-        if _GENERATION_TAG.search(jinja):
-            text, spans = self._render(jinja, messages, tools, tagged=True)
-        else:
-            text, spans = self._spans_by_prefixes(jinja, messages, tools)
+        messages = [_template_input(message) for message in conversation]
+        try:
+            text, spans = self._rendered(messages, tools, arguments or {})
+        except RowProblem:
+            # Most templates write the arguments of a tool call as JSON, some take them as text.
+            as_text = [message.as_template_input() for message in conversation]
+            if messages == as_text:
+                raise
+            text, spans = self._rendered(as_text, tools, arguments or {})
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -111,21 +121,47 @@ class ChatTemplate:
 
         Raises:
             RowProblem: `template-refused`.
-            UsageError: The template is not valid Jinja.
+            UsageError: The template is not valid Jinja. MismatchError: There is none.
         """
-        messages = [message.as_template_input() for message in conversation]
-        text, _ = self._render(self._jinja(tools), messages, tools, prompt=True)
+        messages = [_template_input(message) for message in conversation]
+        text, _ = self._render(self._jinja(tools), messages, tools, {}, prompt=True)
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _rendered(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, arguments: Mapping[str, Any]
+    ) -> tuple[str, list[Span]]:
+        """Return the rendering and the assistant's spans."""
+        jinja = self._jinja(tools)
+        if _GENERATION_TAG.search(jinja):
+            return self._render(jinja, messages, tools, arguments, tagged=True)
+
+        def render(messages: Messages, *, prompt: bool = False) -> str:
+            return self._render(jinja, messages, tools, arguments, prompt=prompt)[0]
+
+        return SpanFinder(render, self._end_markers, self.tokenizer.eos_token).find(messages)
 
     def _jinja(self, tools: list[dict[str, Any]] | None) -> str:
         """Return the template text for a conversation with or without tools."""
+        if not self.tokenizer.chat_template:
+            name = getattr(self.tokenizer, "name_or_path", "") or type(self.tokenizer).__name__
+            raise MismatchError(
+                f"tokenizer {name}: it has no chat template; pass one with `--chat-template FILE` (Jinja), or rows "
+                "that are tokens already (`input_ids`, `loss_mask`)"
+            )
         try:
             return self.tokenizer.get_chat_template(None, tools)
         except ValueError as error:
             raise MismatchError(f"chat template: {one_line(error)}; pass one with `--chat-template FILE`") from error
 
     def _render(
-        self, jinja: str, messages: list[dict], tools: list[Any] | None, *, prompt: bool = False, tagged: bool = False
+        self,
+        jinja: str,
+        messages: Messages,
+        tools: list[Any] | None,
+        arguments: Mapping[str, Any],
+        *,
+        prompt: bool = False,
+        tagged: bool = False,
     ) -> tuple[str, list[Span]]:
         """Render `messages`, with the generation prompt if `prompt`; spans are those of the tags, if `tagged`.
 
@@ -138,12 +174,12 @@ class ChatTemplate:
         special_tokens: dict[str, Any] = self.tokenizer.special_tokens_map
         try:
             rendered: Any = render_jinja_template(
-                conversations=[messages],
+                conversations=[list(messages)],
                 tools=tools,
                 chat_template=_FIXED_CLOCK + jinja if "strftime_now" in jinja else jinja,
                 return_assistant_tokens_mask=tagged,
                 add_generation_prompt=prompt,
-                **special_tokens,
+                **{**special_tokens, **arguments},
             )
         except TemplateSyntaxError as error:
             raise UsageError(
@@ -155,45 +191,13 @@ class ChatTemplate:
         texts, spans = rendered
         return texts[0], spans[0] if tagged else []
 
-    # Spans of a template without tags
-
-    def _spans_by_prefixes(self, jinja: str, messages: list[dict], tools: list[dict] | None) -> tuple[str, list[Span]]:
-        """Find where the assistant's text lies by rendering the conversation up to each of its turns."""
-        whole, _ = self._render(jinja, messages, tools)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, _ = self._render(jinja, messages[:index], tools, prompt=True)
-            until, _ = self._render(jinja, messages[: index + 1], tools)
-            _check_prefix(before, whole, f"before turn {index + 1}")
-            _check_prefix(until, whole, f"up to turn {index + 1}")
-            start, end = len(before), len(until)
-            if before == self._render(jinja, messages[:index], tools)[0]:
-                start = _skip_header(whole, start, end, message)
-            spans.append((start, self._turn_end(whole, start, end, message["content"])))
-        return whole, spans
-
-    def _turn_end(self, text: str, start: int, end: int, content: str) -> int:
-        """Return where the assistant stops: after the last special token that follows its content.
-
-        Without such a token: after the last character that is not white space.
-        """
-        found = text.find(content.strip(), start, end)
-        content_end = found + len(content.strip()) if found >= 0 else start
-        for specials in self._end_markers:
-            ends = [match.end() for match in specials.finditer(text, content_end, end)]
-            if ends:
-                return ends[-1]
-        return start + len(text[start:end].rstrip())
-
     @cached_property
-    def _end_markers(self) -> list[re.Pattern[str]]:
+    def _end_markers(self) -> tuple[re.Pattern[str], ...]:
         """Patterns of special tokens, then of all added tokens (some tokenizers add theirs as plain ones)."""
         added = {token.content: token.special for token in self.tokenizer.added_tokens_decoder.values()}
         special = {*self.tokenizer.all_special_tokens, *(text for text, is_special in added.items() if is_special)}
         groups = [sorted(group, key=len, reverse=True) for group in (special, set(added) - special)]
-        return [re.compile("|".join(map(re.escape, group))) for group in groups if group]
+        return tuple(re.compile("|".join(map(re.escape, group))) for group in groups if group)
 
     # From characters to tokens
 
@@ -238,28 +242,31 @@ class ChatTemplate:
         return len(prefix_ids)
 
 
-def _check_prefix(part: str, whole: str, where: str) -> None:
-    """Raise DataError with a short example unless `whole` begins with `part`."""
-    if whole.startswith(part):
-        return
-    pairs = zip(part, whole, strict=False)
-    same = next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(part), len(whole)))
-    shown = [text[max(0, same - EXCERPT_CHARACTERS) : same + EXCERPT_CHARACTERS] for text in (part, whole)]
-    raise DataError(
-        f"chat template: rendered {where}, the conversation reads {shown[0]!r} where the whole one reads {shown[1]!r}, "
-        "so the assistant's tokens cannot be told; pass a template with {% generation %} tags: `--chat-template FILE`"
-    )
+def _template_input(message: Message) -> dict[str, Any]:
+    """Return a turn as templates of any model read it.
 
-
-def _skip_header(text: str, start: int, end: int, message: dict[str, Any]) -> int:
-    """Return where the assistant's text begins under a template that ignores the generation prompt.
-
-    There the role header, if any, comes after the prompt and has to be stepped over.
+    Reasoning under every name in use, which transformers does too, each version in its own way; the arguments of tool
+    calls as objects, which most templates write as JSON, where data has them as JSON text.
     """
-    said = [message["content"], *(message.get(key) for key in REASONING_KEYS)]
-    places = [text.find(part.strip(), start, end) for part in said if isinstance(part, str) and part.strip()]
-    found = min((place for place in places if place >= 0), default=start)
-    return found if text[start:found].strip() else start
+    turn = message.as_template_input()
+    reasoning = next((turn[key] for key in REASONING_KEYS if turn.get(key)), None)
+    if reasoning is not None:
+        turn = {**dict.fromkeys(REASONING_KEYS, reasoning), **turn}
+    if isinstance(turn.get("tool_calls"), list):
+        turn["tool_calls"] = [_with_object_arguments(call) for call in turn["tool_calls"]]
+    return turn
+
+
+def _with_object_arguments(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_object_arguments(call["function"])}
+    try:
+        arguments = json.loads(call["arguments"])
+    except (KeyError, TypeError, ValueError):
+        return call
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 # Identity

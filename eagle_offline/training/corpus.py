@@ -141,13 +141,20 @@ def open_corpus(settings: TrainSettings) -> Corpus:
 
 
 def _open(settings: TrainSettings, path: Path | str, *, allow_partial: bool = False) -> Cache:
-    return open_cache(
+    cache = open_cache(
         path,
         allow_partial=allow_partial,
         verify=settings.verify,
         local_cache=settings.local_cache,
         local_cache_bytes=settings.local_cache_size,
     )
+    # Of the first token of an answer such a cache has no choice of the target, and the other gates do not ask for one.
+    if settings.supervision_gate == "predicted" and cache.manifest.identity.capture.target_statistics != "full":
+        raise UsageError(
+            f"--supervision-gate predicted: {path} was imported without the target's choice at the first token of "
+            "answers; train with input or both, or precompute a cache"
+        )
+    return cache
 
 
 def _weights(settings: TrainSettings) -> tuple[float, ...]:

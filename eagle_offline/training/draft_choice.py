@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eagle_offline.cache.companions import read_vocab
-from eagle_offline.cache.layout import MANIFEST_FILE, TARGET_DIRECTORY
-from eagle_offline.cache.manifest import read_manifest
+from eagle_offline.cache.given_vocab import read_given_vocab
+from eagle_offline.cache.layout import TARGET_DIRECTORY
 from eagle_offline.cache.reader import Cache
-from eagle_offline.errors import DataError, MismatchError, UsageError, one_line
-from eagle_offline.vocab import DraftVocab, choose_draft_vocab, resolve_size
+from eagle_offline.errors import DataError, UsageError, one_line
+from eagle_offline.vocab import FILE_FLAG, SIZE_FLAG, DraftVocab, choose_draft_vocab, given_draft_vocab, resolve_size
 
-_SIZE_FLAG, _FILE_FLAG = "--draft-vocab-size", "--draft-vocab"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -63,10 +61,10 @@ def choose_vocabulary(caches: Sequence[Cache], draft_vocab_size: int | None, dra
         DataError: a file that is no list of token ids. MismatchError: the other cache has another tokenizer.
     """
     if draft_vocab_size is not None and draft_vocab is not None:
-        raise UsageError(f"{_SIZE_FLAG} and {_FILE_FLAG} exclude each other: give one of them")
+        raise UsageError(f"{SIZE_FLAG} and {FILE_FLAG} exclude each other: give one of them")
     if draft_vocab_size is None and draft_vocab is None:
         return _recorded(caches)
-    flag = f"{_SIZE_FLAG} {draft_vocab_size}" if draft_vocab is None else f"{_FILE_FLAG} {draft_vocab}"
+    flag = f"{SIZE_FLAG} {draft_vocab_size}" if draft_vocab is None else f"{FILE_FLAG} {draft_vocab}"
     for cache in caches:
         encoding = cache.manifest.identity.capture.target_encoding
         if encoding != "factored":
@@ -78,10 +76,9 @@ def choose_vocabulary(caches: Sequence[Cache], draft_vocab_size: int | None, dra
     if draft_vocab is None:
         size = resolve_size(draft_vocab_size, vocab_size)
         return choose_draft_vocab(supervised_counts(caches), special_token_ids(caches[0].path), size, vocab_size)
-    ids = _of_another_cache(caches[0], draft_vocab) if draft_vocab.is_dir() else read_token_ids(draft_vocab, vocab_size)
-    counts = supervised_counts(caches)
-    total = int(counts.sum())
-    return DraftVocab(ids, vocab_size, float(counts[ids].sum() / total) if total else 1.0)
+    digest = caches[0].manifest.identity.text.tokenizer_digest
+    ids = read_given_vocab(draft_vocab, vocab_size, digest, str(caches[0].path))
+    return given_draft_vocab(ids, supervised_counts(caches), vocab_size)
 
 
 def supervised_counts(caches: Sequence[Cache]) -> np.ndarray:
@@ -107,50 +104,6 @@ def supervised_counts(caches: Sequence[Cache]) -> np.ndarray:
                 )
             counts += np.bincount(ids, minlength=vocab_size)
     return counts
-
-
-def read_token_ids(path: Path, vocab_size: int) -> np.ndarray:
-    """Read token ids from a file, one a line or as a JSON list; return them int64, strictly increasing.
-
-    Raises:
-        UsageError: no such file. DataError: not a list of token ids; names file and line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected token ids, one a line or as a JSON list, found no text") from error
-    except OSError as error:
-        raise UsageError(f"{_FILE_FLAG} {path}: {error.strerror or one_line(error)}") from error
-    found: dict[int, str] = {}
-    for place, value in _entries(path, text):
-        if not 0 <= value < vocab_size:
-            raise DataError(f"{path}: {place}: id {value}, expected 0 to {vocab_size - 1}")
-        if value in found:
-            raise DataError(f"{path}: {place}: id {value} is there already, in {found[value]}")
-        found[value] = place
-    if not found:
-        raise DataError(f"{path}: no token ids; expected one a line, or a JSON list")
-    return np.array(sorted(found), np.int64)
-
-
-def _entries(path: Path, text: str) -> Iterator[tuple[str, int]]:
-    """Yield the ids of a file with the place of each."""
-    if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: not a JSON list: {one_line(error)}") from error
-        for number, value in enumerate(values, 1):
-            if type(value) is not int:
-                raise DataError(f"{path}: entry {number}: expected a token id, found {one_line(json.dumps(value), 40)}")
-            yield f"entry {number}", value
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        word = line.strip()
-        if word and not (word.isascii() and word.isdigit() and len(word) < 19):
-            raise DataError(f"{path}: line {number}: expected a token id, found {one_line(word, 40)!r}")
-        if word:
-            yield f"line {number}", int(word)
 
 
 def special_token_ids(cache: Path) -> list[int]:
@@ -204,27 +157,11 @@ def _recorded(caches: Sequence[Cache]) -> DraftVocab:
     for other in caches[1:]:
         if other.manifest.defaults.draft_vocabulary.digest != choice.digest:
             raise UsageError(
-                f"{first.path} and {other.path} were made with unlike draft vocabularies: give {_FILE_FLAG} "
-                f"{first.path} to take one over, or {_SIZE_FLAG} {choice.size} to choose anew by the counts in all"
+                f"{first.path} and {other.path} were made with unlike draft vocabularies: give {FILE_FLAG} "
+                f"{first.path} to take one over, or {SIZE_FLAG} {choice.size} to choose anew by the counts in all"
             )
     ids = first.selected_token_ids.numpy()
     return DraftVocab(ids, first.manifest.identity.target.vocab_size, choice.coverage)
-
-
-def _of_another_cache(ours: Cache, directory: Path) -> np.ndarray:
-    """Return the choice of a cache of the same tokenizer, whatever its target."""
-    if not (directory / MANIFEST_FILE).is_file():
-        raise UsageError(f"{_FILE_FLAG} {directory}: neither a file of token ids nor a cache")
-    manifest = read_manifest(directory)
-    one, other = ours.manifest.identity, manifest.identity
-    for what, expected, found in (
-        ("vocabulary size", one.target.vocab_size, other.target.vocab_size),
-        ("tokenizer", one.text.tokenizer_digest, other.text.tokenizer_digest),
-    ):
-        if expected != found:
-            raise MismatchError(f"{_FILE_FLAG} {directory}: its {what} is {found}, that of {ours.path} {expected}")
-    choice = manifest.defaults.draft_vocabulary
-    return read_vocab(directory, choice.digest, other.target.vocab_size).numpy()
 
 
 def _read_object(path: Path) -> dict[str, Any]:

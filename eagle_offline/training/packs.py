@@ -19,7 +19,7 @@ from eagle_offline.objectives.packed_ttt import unroll_packed
 from eagle_offline.objectives.plan import UnrollPlan, moved, plan_unroll
 from eagle_offline.objectives.ttt import UnrollSums
 from eagle_offline.objectives.ttt_loss import StepWeights
-from eagle_offline.supervision import Head
+from eagle_offline.supervision import Head, chosen_inside
 
 # Logits that live at once, in values: three such tensors stand in memory while a chunk of the loss is computed.
 _CHUNK_VALUES = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -89,7 +89,7 @@ def plan_pack(
     num_slots = len(stored.input_ids)
     gate = _gate(stored.loss_mask[None], seq_lens, supervision_gate)
     position_mask = torch.zeros(1, num_slots, dtype=torch.bool)
-    position_mask[0, slots] = gate[0, slots] & selected_token_mask[stored.target_argmax]
+    position_mask[0, slots] = gate[0, slots] & chosen_inside(stored.target_argmax, selected_token_mask)
     rows = torch.full((1, num_slots), -1)
     rows[0, slots] = torch.arange(len(slots))
     draft_vocab_size = int(selected_token_mask.sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from eagle_offline.errors import EagleOfflineError, UsageError, one_line
+from eagle_offline.errors import EagleOfflineError, one_line
+from eagle_offline.launch import read_launch
 
 
 @contextmanager
@@ -137,20 +137,13 @@ class GradientSum:
 
 
 def read_ranks() -> Ranks:
-    """Return what ``torchrun`` says about this process; one of one without it.
+    """Return this process's place in the run.
 
     Raises:
-        UsageError: its variables are no numbers.
+        UsageError: see `read_launch`.
     """
-    try:
-        rank, size, local = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-    except ValueError as error:
-        raise UsageError(
-            f"RANK, WORLD_SIZE and LOCAL_RANK have to be numbers, as torchrun sets them: {error}"
-        ) from error
-    return Ranks(rank, size, local)
+    launch = read_launch()
+    return Ranks(launch.rank, launch.size, launch.local_rank)
 
 
 @contextmanager

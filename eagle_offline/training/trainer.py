@@ -253,7 +253,7 @@ class Trainer:
         return DraftOrigin(
             target_id=identity.target.id,
             target_revision=identity.target.revision,
-            target_digest=identity.target.checkpoint_digest,
+            target_digest=identity.target.digest,
             target_architecture=identity.target.architecture,
             target_num_layers=identity.target.num_layers,
             target_hidden_size=identity.target.hidden_size,

@@ -10,8 +10,8 @@ import torch
 from eagle_offline import open_cache
 from eagle_offline.data.buffers import HostBuffers
 from eagle_offline.data.feed import feed, mapped
-from eagle_offline.prefetch import prefetch
 from eagle_offline.data.stored_pack import PackReader
+from eagle_offline.prefetch import prefetch
 from eagle_offline.training.packs import plan_pack
 from tests.training.caches import shared_cache
 

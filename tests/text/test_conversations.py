@@ -81,3 +81,65 @@ def test_tools_are_taken_as_list_or_as_json_text() -> None:
         with pytest.raises(RowProblem) as problem:
             parse_tools({"tools": bad})
         assert problem.value.reason_code == "tools-not-a-list"
+
+
+def asked_and_said(*texts: str) -> tuple[Message, ...]:
+    return tuple(Message("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "instruction", "question", "query", "input"])
+@pytest.mark.parametrize("response", ["response", "output", "answer", "completion"])
+def test_prompt_and_response_are_two_turns(prompt: str, response: str) -> None:
+    assert parse_conversation({prompt: "Hi", response: "Yes?", "id": 3}) == asked_and_said("Hi", "Yes?")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"instruction": "Add", "input": "2, 3", "output": "5"}, asked_and_said("Add\n\n2, 3", "5")),
+        ({"instruction": "Add 2, 3", "input": "", "output": "5"}, asked_and_said("Add 2, 3", "5")),
+        ({"instruction": "Who?", "context": "Ann did.", "response": "Ann"}, asked_and_said("Who?\n\nAnn did.", "Ann")),
+        ({"prompt": [{"role": "user", "content": "Hi"}], "completion": "Yes?"}, asked_and_said("Hi", "Yes?")),
+        (
+            {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Yes?"}]},
+            asked_and_said("Hi", "Yes?"),
+        ),
+        ({"prompt": "Hi", "response": {"role": "assistant", "content": "Yes?"}}, asked_and_said("Hi", "Yes?")),
+        (
+            {"instruction": "More", "output": "d", "history": [["a", "b"]]},
+            asked_and_said("a", "b", "More", "d"),
+        ),
+        (
+            {"system_prompt": "Be brief.", "question": "Hi", "response": "Yes?"},
+            (Message("system", "Be brief."), *asked_and_said("Hi", "Yes?")),
+        ),
+        ({"prompt": "x", "messages": HELLO}, asked_and_said("Hi", "Yes?")),
+        ({"messages": None, "prompt": "Hi", "output": "Yes?", "response": "Yes?"}, asked_and_said("Hi", "Yes?")),
+    ],
+)
+def test_pairs_of_other_shapes(value: dict[str, Any], expected: tuple[Message, ...]) -> None:
+    assert parse_conversation(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "reason", "named"),
+    [
+        ({"prompt": "Hi", "chosen": "x"}, "no-conversation", "chosen"),
+        ({"response": "Yes?"}, "no-conversation", "response"),
+        ({"prompt": "Hi", "response": ""}, "empty-assistant-turn", "turn 2"),
+        ({"prompt": "Hi", "response": None}, "empty-assistant-turn", "turn 2"),
+        ({"prompt": "Hi", "response": 5}, "content-not-text", "a number"),
+        ({"prompt": "a", "instruction": "b", "response": "c"}, "ambiguous-row", "`prompt` and `instruction`"),
+        ({"prompt": "a", "response": "b", "output": "c"}, "ambiguous-row", "`response` and `output`"),
+        ({"prompt": [{"role": "user", "content": "a"}], "input": "b", "output": "c"}, "ambiguous-row", "input"),
+        ({"prompt": ["a"], "response": "b"}, "turn-not-an-object", "turn 1"),
+        ({"prompt": "a", "response": "b", "history": "c"}, "conversation-not-a-list", "history"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "user", "content": "b"}]},
+         "no-assistant-turn", "user"),
+    ],
+)  # fmt: skip
+def test_pair_that_is_no_conversation_says_why(value: dict[str, Any], reason: str, named: str) -> None:
+    with pytest.raises(RowProblem) as problem:
+        parse_conversation(value)
+    assert problem.value.reason_code == reason
+    assert named in problem.value.detail

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import datasets
 import pytest
 
 from eagle_offline.errors import DataError, EagleOfflineError, UsageError
 from eagle_offline.text.rows import iter_rows
-from eagle_offline.text.sources import resolve_sources
+from eagle_offline.text.sources import pinned_inputs, resolve_sources
 from tests.text.reading import assert_one_line, numbered
+from tests.text.tiny_tokenizers import write_jsonl
 
 
 def test_hub_dataset_is_read_with_split_and_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,3 +49,40 @@ def test_hub_failure_is_one_line(
     with pytest.raises(expected) as error:
         resolve_sources("owner/name", split="x")
     assert_one_line(error, "owner/name")
+
+
+def test_each_hub_input_has_its_own_split_and_revision(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls = []
+
+    def load(hub_id: str, split: str | None, revision: str | None) -> datasets.Dataset:
+        calls.append((hub_id, split, revision))
+        dataset = datasets.Dataset.from_list(numbered(len(calls)), split="train")
+        dataset.info.download_checksums = {f"hf://datasets/{hub_id}@{COMMITS[revision or 'main']}/a.json": {}}
+        return dataset
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    local = write_jsonl(tmp_path / "a.jsonl", numbered(9))
+    inputs = ["a/b@v1:train_sft[:5%]", str(local), "a/b:test", "a/b@refs/pr/3:test", "c/d"]
+    sources = resolve_sources(inputs, split="[:1]", revision="main")
+    assert calls == [
+        ("a/b", "train_sft[:5%]", "v1"),
+        ("a/b", "test", "main"),
+        ("a/b", "test", "refs/pr/3"),
+        ("c/d", "train[:1]", "main"),
+    ]
+    assert [source.name for source in sources] == [
+        "a/b:train_sft[:5%]", "a.jsonl", f"a/b@{COMMITS['main']}:test", f"a/b@{COMMITS['refs/pr/3']}:test", "c/d",
+    ]  # fmt: skip
+    assert pinned_inputs(inputs, sources) == (
+        f"a/b@{COMMITS['v1']}:train_sft[:5%]",
+        str(local),
+        f"a/b@{COMMITS['main']}:test",
+        f"a/b@{COMMITS['refs/pr/3']}:test",
+        f"c/d@{COMMITS['main']}",
+    )
+    with pytest.raises(UsageError) as error:
+        resolve_sources(["a/b:test", "a/b@main:test"])
+    assert_one_line(error, "a/b", "twice")
+
+
+COMMITS = {name: f"{number}123456789" * 4 for number, name in enumerate(["main", "v1", "refs/pr/3"])}

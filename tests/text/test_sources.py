@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from eagle_offline.errors import DataError, UsageError
-from eagle_offline.text.sources import resolve_sources
+from eagle_offline.text.rows import Source, iter_rows
+from eagle_offline.text.sources import pinned_inputs, resolve_sources
 from tests.text.reading import assert_one_line, numbered, numbers, read
 from tests.text.tiny_tokenizers import write_jsonl
 
@@ -93,3 +96,106 @@ def test_digest_follows_content_not_place(tmp_path: Path) -> None:
     digests = [resolve_sources(str(path))[0].digest for path in (first, second, other)]
     assert digests[0] == digests[1] != digests[2]
     assert len(digests[0]) == 32
+
+
+def test_several_inputs_are_read_in_order_each_with_its_own_split(tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "first.jsonl", numbered(1, 2, 3))
+    write_jsonl(tmp_path / "many" / "train.jsonl", numbered(4, 5, 6, 7))
+    write_jsonl(tmp_path / "many" / "test.jsonl", numbered(8, 9))
+    inputs = [f"{tmp_path / 'many'}:test", f"{first}:[:2]", f"{tmp_path / 'many'}:train[-2:]", f"{first}:[2:]"]
+    sources = resolve_sources(inputs, split="train")
+    assert values(sources) == [8, 9, 1, 2, 6, 7, 3]
+    assert [source.split for source in sources] == ["test", "[:2]", "train[-2:]", "[2:]"]
+    # A split of its own wins; without one, that of all is taken.
+    assert values(resolve_sources([str(tmp_path / "many"), f"{first}:[:1]"], split="test")) == [8, 9, 1]
+
+
+def values(sources: Sequence[Source]) -> list[int]:
+    return [row.value["n"] for source in sources for row in iter_rows(source) if row.value is not None]
+
+
+def test_what_exists_under_the_whole_text_is_that_file(tmp_path: Path) -> None:
+    named = write_jsonl(tmp_path / "a:[1:].jsonl", numbered(1))
+    write_jsonl(tmp_path / "b" / "train.jsonl", numbered(2, 3))
+    odd = write_jsonl(tmp_path / "b:train" / "x.jsonl", numbered(4)).parent
+    assert numbers(named) == [1]
+    assert numbers(f"{named}:[:1]") == [1]
+    assert numbers(odd) == [4]
+    assert numbers(f"{tmp_path / 'b'}:train[1:]") == [3]
+    assert numbers(write_jsonl(tmp_path / "v@1.jsonl", numbered(5))) == [5]
+
+
+@pytest.mark.parametrize("suffix", [":[x:]", ":[1:2:3]", ":[5:5]", ":[100:]", ":[:0]", ":nothing"])
+def test_own_split_that_cannot_be_meant_is_named(tmp_path: Path, suffix: str) -> None:
+    with pytest.raises(UsageError) as error:
+        read(f"{write_jsonl(tmp_path / 'train.jsonl', numbered(1, 2))}{suffix}")
+    assert_one_line(error, suffix[1:])
+
+
+def test_slice_from_the_front_reads_no_further_than_its_end(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", numbered(1, 2))
+    (tmp_path / "b.parquet").write_bytes(b"not Parquet")
+    assert numbers(f"{tmp_path / 'a.jsonl'}:[:2]") == [1, 2]
+    assert [source.stop_row for source in resolve_sources(f"{tmp_path}:[1:2]")] == [2]
+    with pytest.raises(DataError):
+        resolve_sources(f"{tmp_path}:[1:]")
+
+
+def test_files_of_one_name_stay_distinguishable(tmp_path: Path) -> None:
+    inputs = []
+    for place in ("x/data", "y/data"):
+        for name in ("train.jsonl", "test.jsonl"):
+            write_jsonl(tmp_path / place / name, numbered(1))
+        inputs.append(str(tmp_path / place))
+    names = [source.name for source in resolve_sources([*inputs, str(write_jsonl(tmp_path / "own.jsonl", [{}]))])]
+    assert names == [
+        "x/data/test.jsonl", "x/data/train.jsonl", "y/data/test.jsonl", "y/data/train.jsonl", "own.jsonl",
+    ]  # fmt: skip
+    parts = resolve_sources([f"{tmp_path / 'own.jsonl'}"])
+    assert [source.name for source in parts] == ["own.jsonl"]
+
+
+@pytest.mark.parametrize("again", ["{0}", "{0}:[1:]", "{1}", "{0}:[-1:]", "{1}:a"])
+def test_rows_that_are_asked_for_twice_are_refused(tmp_path: Path, again: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", numbered(1, 2, 3))
+    with pytest.raises(UsageError) as error:
+        resolve_sources([str(path), again.format(path, tmp_path)])
+    assert_one_line(error, str(path), "twice")
+    parts = [f"{path}:[2:]", f"{path}:[:1]"]
+    assert values(resolve_sources(parts)) == [3, 1]
+    assert [source.name for source in resolve_sources(parts)] == ["a.jsonl", "a.jsonl"]
+
+
+def test_pinned_inputs_name_the_same_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(tmp_path / "a.jsonl", numbered(1, 2))
+    write_jsonl(tmp_path / "b" / "train.jsonl", numbered(3, 4))
+    monkeypatch.chdir(tmp_path)
+    inputs = ("a.jsonl:[:1]", "b:train", "a.jsonl:[1:]")
+    sources = resolve_sources(inputs)
+    pinned = pinned_inputs(inputs, sources)
+    monkeypatch.chdir("/")
+    absolute = tuple(dataclasses.replace(source, path=tmp_path / str(source.path)) for source in sources)
+    assert resolve_sources(pinned) == absolute
+    assert pinned[0] == f"{tmp_path}/a.jsonl:[:1]"
+
+
+@pytest.mark.parametrize("given", ["absent:[:3]", "owner/name@", "owner/name.jsonl:train", "a b:train"])
+def test_input_that_is_nowhere_is_named(given: str) -> None:
+    with pytest.raises(DataError) as error:
+        resolve_sources(given)
+    assert_one_line(error, given, "no such file")
+
+
+def test_no_input_and_a_revision_of_a_local_path_are_usage_errors(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", numbered(1))
+    for given in ([], f"{path}@main", f"{path}@main:[:1]", ["", str(path)]):
+        with pytest.raises(UsageError) as error:
+            resolve_sources(given)
+        assert_one_line(error)
+
+
+def test_without_digests_nothing_is_read_and_all_else_is_the_same(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", numbered(1, 2))
+    (with_digest,), (without,) = resolve_sources(str(path)), resolve_sources(str(path), digests=False)
+    assert without.digest == ""
+    assert without == dataclasses.replace(with_digest, digest="")

@@ -179,7 +179,7 @@ def test_half_a_surrogate_pair_is_a_problem_of_its_row() -> None:
 
 def test_missing_template_says_how_to_pass_one() -> None:
     with pytest.raises(MismatchError, match="--chat-template FILE"):
-        ChatTemplate(tiny.byte_tokenizer(None))
+        encode(tiny.byte_tokenizer(None), CHAT)
 
 
 def test_template_that_is_not_jinja_is_named() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from eagle_offline.errors import DataError, EagleOfflineError, MismatchError, SpaceError
 from eagle_offline.text.token_builder import TokenTableSettings, build_token_table, ensure_token_table
-from eagle_offline.text.token_table import TokenProgress, open_token_table
+from eagle_offline.text.token_table import TokenProgress, TokenTable, open_token_table
 from tests.text import tiny_tokenizers as tiny
 from tests.text.tiny_tables import BAD_ROWS, TOKENIZER, build, chat, contents, write_chats, write_mixed
 
@@ -164,3 +164,86 @@ def test_builder_stopped_between_renames_never_leaves_a_mixed_table(
         assert contents(directory) != before
     else:
         assert contents(directory) == before
+
+
+def test_tables_are_kept_by_key_and_shared_by_hard_link(tmp_path: Path) -> None:
+    path, kept = write_mixed(tmp_path / "mixed.jsonl"), tmp_path / "kept"
+    reports: list[TokenProgress] = []
+
+    def ensure(directory: Path | None, **settings: Any) -> TokenTable:
+        reports.clear()
+        table_settings = TokenTableSettings(input_data=str(path), **settings)
+        return ensure_token_table(table_settings, TOKENIZER, directory, reports.append, tokens_dir=kept)
+
+    first = ensure(tmp_path / "one")
+    assert reports
+    assert first.directory == tmp_path / "one"
+    assert [entry.name for entry in kept.iterdir()] == [first.meta.key]
+    second = ensure(tmp_path / "two")
+    assert not reports
+    shared = kept / first.meta.key
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(shared)
+    for name in contents(shared):
+        assert os.path.samefile(tmp_path / "two" / name, shared / name)
+    assert second.meta == first.meta
+    # Another one beside it; and the same place taken over by it.
+    other = ensure(tmp_path / "two", seq_length=64)
+    assert reports
+    assert other.meta.seq_length == 64 == open_token_table(tmp_path / "two").meta.seq_length
+    assert contents(tmp_path / "one") == contents(shared)
+    assert len(list(kept.iterdir())) == 2
+    assert ensure(None).directory == shared
+    assert not reports
+    build(path, tmp_path / "without")
+    assert contents(tmp_path / "without") == contents(shared)
+
+
+def test_where_there_are_no_hard_links_tables_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    settings, kept = TokenTableSettings(input_data=str(write_chats(tmp_path / "a.jsonl", 5))), tmp_path / "kept"
+    shared = ensure_token_table(settings, TOKENIZER, None, tokens_dir=kept)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", refuse)
+        ensure_token_table(settings, TOKENIZER, tmp_path / "own", tokens_dir=kept)
+    assert contents(tmp_path / "own") == contents(shared.directory)
+    assert not os.path.samefile(tmp_path / "own" / "tokens.arrow", shared.directory / "tokens.arrow")
+
+
+def test_damaged_kept_table_is_made_again_and_those_taken_from_it_keep_theirs(tmp_path: Path) -> None:
+    settings, kept = TokenTableSettings(input_data=str(write_chats(tmp_path / "a.jsonl", 5))), tmp_path / "kept"
+    own = ensure_token_table(settings, TOKENIZER, tmp_path / "own", tokens_dir=kept)
+    whole = contents(tmp_path / "own")
+    shared = kept / own.meta.key
+    damaged = bytearray(whole["tokens.arrow"])
+    damaged[len(damaged) // 2] ^= 1
+    (shared / "tokens.arrow").unlink()
+    (shared / "tokens.arrow").write_bytes(damaged)
+    ensure_token_table(settings, TOKENIZER, tmp_path / "next", tokens_dir=kept)
+    assert contents(shared) == contents(tmp_path / "next") == contents(tmp_path / "own") == whole
+
+
+def test_sources_of_a_table_say_what_was_taken_of_each(tmp_path: Path) -> None:
+    path = write_chats(tmp_path / "a.jsonl", 6)
+    inputs = (f"{path}:[4:]", str(write_chats(tmp_path / "x" / "b.jsonl", 2)), f"{path}:[:1]")
+    settings = TokenTableSettings(input_data=inputs)
+    table = build_token_table(settings, TOKENIZER, tmp_path / "tokens")
+    found = [(source.name, source.split, source.first_row, source.stop_row) for source in table.meta.sources]
+    assert found == [("a.jsonl", "[4:]", 4, 6), ("b.jsonl", None, 0, None), ("a.jsonl", "[:1]", 0, 1)]
+    places = [(table[index].source, table[index].row) for index in range(len(table))]
+    assert places == [(0, 5), (0, 6), (1, 1), (1, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("kept", [1, 2, 5, 6])
+def test_an_answer_that_is_cut_short_keeps_what_is_left_of_it(tmp_path: Path, kept: int) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", [{"messages": tiny.turns("Hi", "Yes?")}])
+    whole = build(path, tmp_path / "whole")[0]
+    prompt = int(whole.loss_mask.argmax())
+    assert whole.loss_mask.tolist() == [0] * prompt + [1] * 5 + [0]  # a byte a token, and the line break behind
+    cut = build(path, tmp_path / "cut", seq_length=prompt + kept)
+    assert cut[0].loss_mask.tolist() == whole.loss_mask.tolist()[: prompt + kept]
+    assert cut.meta.num_supervised == min(kept, 5)
+    assert cut.meta.truncated_rows == (kept < 6)
+    with pytest.raises(DataError, match="supervision-truncated 1"):
+        build(path, tmp_path / "none", seq_length=prompt)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from eagle_offline.text.token_builder import TokenTableSettings, build_token_table
-from eagle_offline.text.token_table import TokenTable
+from eagle_offline.text.token_table import TokenProgress, TokenTable
 from tests.text import tiny_tokenizers as tiny
 
 TOKENIZER = tiny.byte_tokenizer(tiny.CHATML)
@@ -37,9 +38,13 @@ def write_mixed(path: Path) -> Path:
 
 
 def build(
-    input_data: Path, directory: Path, tokenizer: PreTrainedTokenizerFast = TOKENIZER, **settings: Any
+    input_data: Path,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerFast = TOKENIZER,
+    report: Callable[[TokenProgress], None] | None = None,
+    **settings: Any,
 ) -> TokenTable:
-    return build_token_table(TokenTableSettings(input_data=str(input_data), **settings), tokenizer, directory)
+    return build_token_table(TokenTableSettings(input_data=str(input_data), **settings), tokenizer, directory, report)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from eagle_offline.cache import given_vocab
 from eagle_offline.cache.reader import open_cache
 from eagle_offline.errors import DataError, EagleOfflineError, MismatchError, UsageError
 from eagle_offline.training import draft_choice
 from eagle_offline.training.draft_choice import (
     choose_aux_layers,
     choose_vocabulary,
-    read_token_ids,
     special_token_ids,
     supervised_counts,
 )
+from eagle_offline.vocab import read_token_ids
 from tests.builders import SCRATCH, make_cache, save_target, shared_chat
 from tests.training.caches import DRAFT_VOCAB_SIZE, copied_cache, shared_cache
 
@@ -139,7 +140,7 @@ def test_a_cache_of_another_tokenizer_with_as_many_tokens_is_refused(monkeypatch
     text = manifest.identity.text.model_copy(update={"tokenizer_digest": "other"})
     identity = manifest.identity.model_copy(update={"text": text})
     altered = manifest.model_copy(update={"identity": identity})
-    monkeypatch.setattr(draft_choice, "read_manifest", lambda _path: altered)
+    monkeypatch.setattr(given_vocab, "read_manifest", lambda _path: altered)
     with pytest.raises(MismatchError, match="its tokenizer is other"):
         choose(None, made_with(64))
 

@@ -1,0 +1,147 @@
+"""Which sample of a dump is which row of the corpus."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eagle_offline.errors import DataError, MismatchError
+from eagle_offline.importing.dumps import digest_values
+from eagle_offline.importing.scan import DumpIndex
+from eagle_offline.text.token_table import TokenTable
+
+NO_STATES = "no states in the dump"
+OTHER_MASK = "another loss mask in the dump"
+AMBIGUOUS = "rows that differ in their first token alone, which the dump does not record"
+
+_REASONS = (NO_STATES, OTHER_MASK, AMBIGUOUS)
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Where the states of each row of a corpus are.
+
+    Attributes:
+        place: int64 ``[rows]``: the sample's number in the dump; below 0 for none, and then ``-1 - place`` counts in
+            the reasons.
+        strays: int64: samples of the dump that are of no row.
+        foreign: int64: samples whose token ids are not those that the loss masks beside the dump were made for.
+    """
+
+    place: np.ndarray
+    strays: np.ndarray
+    foreign: np.ndarray
+
+    def reason(self, row: int) -> str | None:
+        """Return why a row of the corpus has no states, None if it has some."""
+        place = int(self.place[row])
+        return None if place >= 0 else _REASONS[-1 - place]
+
+    def rows_without(self) -> dict[str, np.ndarray]:
+        """Return the rows that have no states, by reason."""
+        found = {reason: np.flatnonzero(self.place == -1 - number) for number, reason in enumerate(_REASONS)}
+        return {reason: rows for reason, rows in found.items() if len(rows)}
+
+
+def match(table: TokenTable, index: DumpIndex, *, whole: bool) -> Matching:
+    """Find the states of every row of a corpus.
+
+    A row's states are a sample that begins with the same token ids, under the same loss mask: all that stands right
+    of a token has no say in its states, so a sample may go on where the row was cut to the sequence length. Of several
+    equal ones, rows take one each, in order, and the last one serves for the rest.
+
+    Args:
+        whole: samples that go on are not taken, of a target whose states do depend on the length of a row.
+    """
+    samples: dict[int, list[int]] = defaultdict(list)
+    for number in np.flatnonzero(index.agrees).tolist():
+        samples[int(index.ids[number])].append(number)
+    first = index.dump.first_position
+    place = np.full(len(table), -1, np.int64)
+    begun: dict[int, tuple[int, ...]] = {}
+    ambiguous: set[int] = set()
+    taken: dict[tuple[int, int], int] = defaultdict(int)
+    matched: set[int] = set()
+    keys = np.empty(len(table), np.uint64)
+    for row in range(len(table)):
+        tokens = table[row]
+        key = digest_values(tokens.input_ids[first:])
+        keys[row] = key
+        candidates = samples.get(key)
+        if candidates is None:
+            continue
+        if whole:
+            candidates = [number for number in candidates if index.num_tokens[number] == len(tokens.input_ids)]
+            if not candidates:
+                continue
+        matched.add(key)
+        start = tuple(tokens.input_ids[:first].tolist())
+        if begun.setdefault(key, start) != start:
+            ambiguous.add(key)
+        if index.masks is not None:
+            mask = digest_values(tokens.loss_mask[first:])
+            candidates = [number for number in candidates if int(index.masks[number]) == mask]
+            if not candidates:
+                place[row] = -2
+                continue
+            key_of_pair = (key, mask)
+        else:
+            key_of_pair = (key, 0)
+        place[row] = candidates[min(taken[key_of_pair], len(candidates) - 1)]
+        taken[key_of_pair] += 1
+    if ambiguous:
+        place[np.isin(keys, np.array(sorted(ambiguous), np.uint64))] = -3
+    known = np.isin(index.ids, np.array(sorted(matched), np.uint64))
+    return Matching(place, np.flatnonzero(index.agrees & ~known), np.flatnonzero(~index.agrees))
+
+
+def refuse_mismatch(matching: Matching, table: TokenTable, index: DumpIndex, *, dropped: bool) -> None:
+    """Refuse a dump that is not of a corpus: all of it, or with ``dropped`` if nothing of it is.
+
+    Raises:
+        MismatchError: says how many rows and samples belong to none, and names the first. DataError: none matches.
+    """
+    without, total = matching.rows_without(), len(table)
+    lost = sum(map(len, without.values()))
+    said = [
+        f"{len(rows)} of {total} rows of the corpus: {reason} (first: {_row_name(table, int(rows[0]))})"
+        for reason, rows in without.items()
+    ]
+    for numbers, what in (
+        (matching.strays, "of no row"),
+        (matching.foreign, "with other tokens than --loss-masks"),
+    ):
+        if len(numbers):
+            said.append(f"{len(numbers)} of {len(index)} samples {what} (first: {index.name_of(int(numbers[0]))})")
+    directory = index.dump.directory
+    if lost == total:
+        raise DataError(f"{directory}: holds states of no row of the corpus; {'; '.join(said)}; {_hint(table, index)}")
+    if said and not dropped:
+        raise MismatchError(
+            f"{directory}: {'; '.join(said)}; {_hint(table, index)}, or leave them out with --on-mismatch drop"
+        )
+
+
+def _hint(table: TokenTable, index: DumpIndex) -> str:
+    longest = int(index.num_tokens.max())
+    if longest < table.meta.max_length:
+        return f"no sample there has more than {longest} tokens, which may be the --seq-length to give here"
+    return "give the data, template and --seq-length that they were made with"
+
+
+def _row_name(table: TokenTable, row: int) -> str:
+    tokens = table[row]
+    return f"{table.meta.sources[tokens.source].name} row {tokens.row}"
+
+
+def check_same(name: str, expected: Sequence[int] | np.ndarray, found: np.ndarray, what: str) -> None:
+    """Refuse values that are not those of the row which digests said they are of.
+
+    Raises:
+        DataError: says so.
+    """
+    if not np.array_equal(expected, found):
+        raise DataError(f"{name}: its {what} are not those of the row it was matched with; run the same command again")

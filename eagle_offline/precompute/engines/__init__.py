@@ -1,0 +1,1 @@
+"""Who hands out the shards of a cache: launchers of processes, or Ray."""
