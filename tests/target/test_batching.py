@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,7 +36,7 @@ def test_so_many_tokens_go_together_with_little_padding(lengths: list[int], budg
 @given(LENGTHS, st.sampled_from([100, 2048, 20_000]), st.sampled_from([0, 512]))
 def test_a_batch_ends_only_where_the_next_sample_would_not_do(lengths: list[int], budget: int, small: int) -> None:
     batches = Batching(None, budget, small).batches(lengths)
-    for batch, following in zip(batches, batches[1:], strict=False):
+    for batch, following in pairwise(batches):
         slots = (len(batch) + 1) * lengths[batch[0]]
         real = sum(lengths[position] for position in batch)
         padding = slots - real - lengths[following[0]]
