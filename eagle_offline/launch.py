@@ -16,11 +16,13 @@ class Launch:
         rank: its number.
         size: how many there are.
         local_rank: its number on its machine, which is the GPU it takes.
+        restarts: how often all of them were started again after one had failed.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    restarts: int = 0
 
 
 def read_launch() -> Launch:
@@ -29,11 +31,11 @@ def read_launch() -> Launch:
     Raises:
         UsageError: its variables are no numbers.
     """
-    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("TORCHELASTIC_RESTART_COUNT", 0)
     try:
-        rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in names)
+        rank, size, local_rank, restarts = (int(os.environ.get(name, default)) for name, default in names)
     except ValueError as error:
         raise UsageError(
             f"RANK, WORLD_SIZE and LOCAL_RANK have to be numbers, as torchrun sets them: {error}"
         ) from error
-    return Launch(rank, size, local_rank)
+    return Launch(rank, size, local_rank, restarts)

@@ -123,6 +123,10 @@ class SampleStream:
 
     def _run(self, batch: _Batch) -> tuple[int, list[CapturedBatch]]:
         self._waited += time.monotonic() - self._idle_since
+        device = torch.device(self._plan.device)
+        if device.type == "cuda" and device.index is not None:
+            # Which device is the current one is each thread's own matter; kernels of others go by it.
+            torch.cuda.set_device(device)
         try:
             return batch.shard, self._capture.run(batch.samples)
         except torch.OutOfMemoryError as error:

@@ -69,6 +69,13 @@ def test_what_contradicts_the_launcher_is_refused(rank, size, given, said, monke
         read_share(settings(device="cpu", **given))
 
 
+def test_a_run_that_torchrun_starts_again_goes_on(monkeypatch):
+    launched(monkeypatch, 0, 2)
+    assert not read_share(settings(device="cpu")).settings.resume
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert read_share(settings(device="cpu")).settings.resume
+
+
 def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     launched(monkeypatch, 5, 8, local_rank=1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -124,8 +131,9 @@ def test_a_cache_that_is_there_is_refused_by_the_first_process(tmp_path):
     assert after == before
 
 
-def test_a_first_process_that_comes_late_finds_nothing_that_was_there_before(tmp_path):
-    """The other would have begun the cache meanwhile, which the first would take for an old one."""
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_comes_late_does_not_take_the_cache_for_an_old_one(rank, tmp_path):
+    """The others wait for the first to say that nothing was there; what they then find is this run's."""
 
     def late(_rank: int) -> None:
         original = plan.check_output_directory
@@ -136,7 +144,7 @@ def test_a_first_process_that_comes_late_finds_nothing_that_was_there_before(tmp
 
         plan.check_output_directory = delayed
 
-    ended = ranks(tmp_path / "cache", 2, on_rank(0, late))
+    ended = ranks(tmp_path / "cache", 2, on_rank(rank, late))
     assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
     assert_same_bytes(tmp_path / "cache", alone())
 

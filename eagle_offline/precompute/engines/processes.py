@@ -123,8 +123,8 @@ def read_share(settings: PrecomputeSettings) -> Share:
     changes: dict[str, Any] = {"device": _own_device(settings, launch)}
     if not given:
         changes |= {"process_index": number, "process_count": count}
-    if launch.rank:
-        # Whether a cache may be there already is for the first to say; another finds what that one has begun.
+    if launch.rank or launch.restarts:
+        # Whether a cache may be there already was for the first to say; what is there now is this run's own.
         changes["resume"] = True
     return Share(settings.model_copy(update=changes), launch)
 
