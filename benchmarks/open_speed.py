@@ -19,7 +19,7 @@ import numpy as np
 from benchmarks.harness import Figures
 from benchmarks.synthetic_cache import Shape, identity_of
 from eagle_offline.cache.index import drop_indexes
-from eagle_offline.cache.layout import CommitRecord, SampleTable, record_file, shard_file
+from eagle_offline.cache.layout import FORMAT_VERSION, CommitRecord, SampleTable, record_file, shard_file
 from eagle_offline.cache.manifest import Defaults, DraftVocabulary, Identity, Manifest, sealed, write_manifest
 from eagle_offline.cache.writer import ensure_index
 from eagle_offline.provenance import digest_bytes
@@ -112,7 +112,7 @@ def _record(identity: Identity, shard: int, generator: np.random.Generator) -> C
     digest = digest_bytes(str(shard).encode())
     return CommitRecord(
         format="eagle-offline-cache",
-        version=2,
+        version=FORMAT_VERSION,
         identity_digest=identity.digest,
         shard=shard,
         file=shard_file(shard, digest, "arrow"),

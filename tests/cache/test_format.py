@@ -344,11 +344,19 @@ def unpickling(tree: ast.AST) -> list[str]:
 UNPICKLERS = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pickletools")
 
 
-def test_no_module_unpickles() -> None:
+# What goes through pipes between a process and those that it started; and Arrow files, which `datasets` keeps as such.
+HARMLESS = {
+    "tokenize_pool.py": {"pickle", "pickle.load"},
+    "tokenize_worker.py": {"pickle", "pickle.load", "pickle.loads"},
+    "loss_masks.py": {"datasets.load_from_disk"},
+}
+
+
+def test_no_module_unpickles_what_somebody_else_wrote() -> None:
     modules = sorted(CODE.rglob("*.py"))
     assert len(modules) > 100
-    found = {module.name: said for module in modules if (said := unpickling(ast.parse(module.read_text())))}
-    assert not found
+    found = {module.name: set(said) for module in modules if (said := unpickling(ast.parse(module.read_text())))}
+    assert found == HARMLESS
 
 
 @pytest.mark.parametrize(

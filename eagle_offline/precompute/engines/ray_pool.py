@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any
 
 from eagle_offline.cache.publishing import Publisher
+from eagle_offline.cache.writer import committed_shards
 from eagle_offline.config import PrecomputeSettings
 from eagle_offline.durable import make_directory, remove_abandoned
 from eagle_offline.errors import EagleOfflineError, StoppedEarly, UsageError, one_line
@@ -32,6 +33,12 @@ from eagle_offline.status import reported_status
 
 # How often one shard may cost its worker's life before the shard is blamed.
 _RETRIES = 3
+
+# Shards of one task, at most: the next one is captured while the last one is written, but only within a task.
+_SHARDS_AT_ONCE = 4
+
+# Tasks a worker does in a run, at least, so that none of them is waited for long at the end.
+_TASKS_OF_A_WORKER = 8
 
 # Nothing large goes through Ray's own store.
 _OBJECT_STORE_BYTES = 128 << 20
@@ -88,9 +95,10 @@ class Worker:
             _ = self._filler
         return [(shard, self._begun.plan.num_tokens(shard)) for shard in missing]
 
-    def make(self, shard: int) -> None:
-        """Make a shard."""
-        self._filler.make([shard])
+    def make(self, shards: Sequence[int]) -> None:
+        """Make shards, those left out that a worker which was lost had made of them."""
+        done = set(committed_shards(self._begun.plan.settings.output_dir))
+        self._filler.make([shard for shard in shards if shard not in done])
 
     def finish(self) -> dict[str, Any]:
         """Write what a complete cache has beside its shards; return it in numbers."""
@@ -161,20 +169,23 @@ def _make_all(
     Raises:
         StoppedEarly: asked to stop; shards in hand that did not fit the grace period are dropped.
     """
-    waiting, idle = deque(missing), deque(workers)
-    in_hand: dict[Any, tuple[Any, int]] = {}
+    at_once = max(1, min(_SHARDS_AT_ONCE, len(missing) // (_TASKS_OF_A_WORKER * max(len(workers), 1))))
+    waiting = deque(missing[start : start + at_once] for start in range(0, len(missing), at_once))
+    idle, num_made = deque(workers), 0
+    in_hand: dict[Any, tuple[Any, Sequence[tuple[int, int]]]] = {}
     with Progress("precompute", sum(count for _, count in missing), unit="tok") as progress:
         while in_hand or (waiting and not stop.requested):
             while idle and waiting and not stop.requested:
-                worker, (shard, num_tokens) = idle.popleft(), waiting.popleft()
-                in_hand[worker.make.remote(shard)] = worker, num_tokens
+                worker, some = idle.popleft(), waiting.popleft()
+                in_hand[worker.make.remote([shard for shard, _ in some])] = worker, some
             done, _ = ray.wait(list(in_hand), timeout=_POLL_SECONDS)
             for task in done:
-                worker, num_tokens = in_hand.pop(task)
+                worker, some = in_hand.pop(task)
                 _unwrapped(ray, task)
                 idle.append(worker)
-                shards = f"{len(missing) - len(waiting) - len(in_hand)} of {len(missing)}"
-                progress.advance(num_tokens, {"shards": shards})
+                num_made += len(some)
+                num_tokens = sum(count for _, count in some)
+                progress.advance(num_tokens, {"shards": f"{num_made} of {len(missing)}"})
             if in_hand and not stop.leaves_time_for(0):
                 raise StoppedEarly("stopped by a signal, the shards in hand were dropped; go on with --resume")
     if waiting:
