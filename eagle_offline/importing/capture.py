@@ -13,6 +13,7 @@ from eagle_offline.importing.matching import Matching, check_same
 from eagle_offline.importing.scan import DumpIndex
 from eagle_offline.supervision import Head, supervised_positions
 from eagle_offline.target.capture import CapturedBatch, TokenSample
+from eagle_offline.target.supervise import Supervise
 
 
 class Supervision(Protocol):
@@ -88,30 +89,14 @@ class FromFinalStates:
     ):
         self._final_norm, self._compute_dtype = final_norm, compute_dtype
         self._device, self._dtype = head.weight.device, head.weight.dtype
-        head = head.to("cpu", torch.float32) if self._device.type == "cpu" else head
-        self._head = head
-        self._selected_head = head.select(selected_token_ids) if with_probs else None
-        selected_token_mask = torch.zeros(head.vocab_size, dtype=torch.bool)
-        selected_token_mask[selected_token_ids] = True
-        self._selected_token_mask = selected_token_mask.to(self._device)
+        self._supervise = Supervise(head, selected_token_ids, with_probs=with_probs)
 
     def __call__(self, sample: DumpedSample) -> dict[str, Tensor]:
         assert sample.last_hidden_state is not None
         with torch.inference_mode():
             states = sample.last_hidden_state.to(self._device, self._compute_dtype)
             hidden = self._final_norm(states).to(self._dtype)
-            argmax, log_normalizer, mass = self._head.statistics(hidden, self._selected_token_mask)
-            made = {
-                "hidden": hidden,
-                "argmax": argmax,
-                "log_normalizer": log_normalizer,
-                "mass": mass,
-                "in_vocab": self._selected_token_mask[argmax.long()],
-                "finite": hidden.isfinite().all(dim=-1) & log_normalizer.isfinite(),
-            }
-            if self._selected_head is not None:
-                made["probs"] = self._selected_head.logits(hidden).softmax(dim=-1)
-        return {name: tensor.cpu() for name, tensor in made.items()}
+        return {name: tensor.cpu() for name, tensor in self._supervise(hidden).items()}
 
 
 class FromProbabilities:

@@ -15,6 +15,7 @@ from eagle_offline.supervision import Head, supervised_positions
 from eagle_offline.target.copies import Copies
 from eagle_offline.target.hooks import HFEagle3TargetModel
 from eagle_offline.target.padding import check_padding
+from eagle_offline.target.supervise import Supervise
 
 # How far logits recomputed from the final state may be from the model's own, relative to their largest value.
 _LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -79,13 +80,8 @@ class Capture:
         with_probs: bool = False,
     ):
         self._device = head.weight.device
-        # On a CPU products are float32: widening the rows once instead of for every batch changes no value.
-        head = head.to("cpu", torch.float32) if self._device.type == "cpu" else head
-        self._target, self._head, self._dtype = target, head, dtype
-        self._selected_head = head.select(selected_token_ids) if with_probs else None
-        selected_token_mask = torch.zeros(head.vocab_size, dtype=torch.bool)
-        selected_token_mask[selected_token_ids] = True
-        self._selected_token_mask = selected_token_mask.to(self._device)
+        self._target, self._dtype = target, dtype
+        self._supervise = Supervise(head, selected_token_ids, with_probs=with_probs)
         self._copies = Copies(self._device)
 
     def run(self, samples: Sequence[TokenSample]) -> list[CapturedBatch]:
@@ -122,19 +118,9 @@ class Capture:
             real = self._copies.to_device(torch.cat(places))
             aux = [self._stored(layer, real) for layer in layers]
             hidden = self._stored(last, self._copies.to_device(torch.cat(supervised)))
-            argmax, log_normalizer, mass = self._head.statistics(hidden, self._selected_token_mask)
             by_tokens = {f"aux_{number}": states for number, states in enumerate(aux)}
             by_tokens["finite"] = torch.stack([states.isfinite().all(dim=-1) for states in aux]).all(dim=0)
-            by_positions = {
-                "hidden": hidden,
-                "argmax": argmax,
-                "log_normalizer": log_normalizer,
-                "mass": mass,
-                "in_vocab": self._selected_token_mask[argmax.long()],
-                "finite": hidden.isfinite().all(dim=-1) & log_normalizer.isfinite(),
-            }
-            if self._selected_head is not None:
-                by_positions["probs"] = self._selected_head.logits(hidden).softmax(dim=-1)
+            by_positions = self._supervise(hidden)
         arrived = self._copies.to_host(by_tokens, by_positions)
         return CapturedBatch(samples, [len(where) for where in supervised], arrived)
 

@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor
 
 from eagle_offline.errors import EagleOfflineError, one_line
-from eagle_offline.launch import read_launch
+from eagle_offline.launch import Launch, read_launch
 
 
 @contextmanager
@@ -27,18 +27,8 @@ def _together() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among those of the run.
-
-    Attributes:
-        rank: its number.
-        size: how many there are.
-        local_rank: its number on its machine, which is the GPU it takes.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
+class Ranks(Launch):
+    """This process among those of the run."""
 
     @property
     def is_first(self) -> bool:
@@ -143,7 +133,7 @@ def read_ranks() -> Ranks:
         UsageError: see `read_launch`.
     """
     launch = read_launch()
-    return Ranks(launch.rank, launch.size, launch.local_rank)
+    return Ranks(**vars(launch))
 
 
 @contextmanager
