@@ -121,13 +121,13 @@ def cases(device: str) -> dict[str, Callable[[], Figures]]:
     return {"8b": partial(measure, LLAMA_8B, device), "30b-a3b": partial(measure, QWEN3_30B_A3B, device)}
 
 
-def measure(shape: Shape, device: str) -> Figures:
+def measure(shape: Shape, device: str, repeats: int = _REPEATS) -> Figures:
     """Return the ratios of one shape."""
     with tempfile.TemporaryDirectory() as scratch, StopRequest(0) as stop:
         job = Job(shape, device, Path(scratch), stop)
         ways = {"ours": job.ours, "bare_unpadded": job.bare_unpadded, "bare_batched": job.bare_batched}
         ways["nemo_like"] = job.nemo_like
-        seconds = alternating_seconds(ways, repeats=_REPEATS)
+        seconds = alternating_seconds(ways, repeats=repeats)
         bare = min(seconds["bare_unpadded"], seconds["bare_batched"])
         return {
             "ours_over_bare_speed": bare / seconds["ours"],

@@ -33,6 +33,7 @@ BENCHMARKS = (
     "read_speed",
     "data_wait",
     "train_step",
+    "tokenize_speed",
     "capture_speed",
     "quickstart",
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from benchmarks import (
     accept_by_encoding,
     accept_lengths,
     cache_size,
+    capture_speed,
     data_wait,
     harness,
     interop,
@@ -18,6 +21,7 @@ from benchmarks import (
     read_speed,
     startup,
     synthetic_cache,
+    tokenize_speed,
     train_step,
 )
 from benchmarks.harness import Row, read_rows
@@ -127,6 +131,29 @@ stages:
       {run: "{work}/run", output_dir: "{work}/report", stages_file: "{work}/stages.json",
        evaluation: "{work}/evaluation"}
 """
+
+
+@pytest.mark.parametrize("shape", [capture_speed.SMALL, capture_speed.QWEN3_30B_A3B], ids=lambda shape: shape.kind)
+def test_capture_speed_goes_through_the_same_samples_every_way(shape):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 8, "vocab_size": 300}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    if "num_experts" in shape.config:
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    tiny = dataclasses.replace(
+        shape, config=sizes, seq_length=128, num_samples=6, shard_size=2, draft_vocab_size=50, dtype=torch.float32
+    )
+    figures = capture_speed.measure(tiny, "cpu", repeats=1)
+    assert figures["padding_of_nemo_like"] > 0.5 > 0.1 > figures["padding_of_ours"] >= 0
+    assert figures["ours_over_nemo_like_speed"] > 0
+    assert 0 <= figures["waited_for_disk_share"] < 1
+    assert figures["written_mb_per_s"] * figures["ours_s"] * 1e6 / figures["tokens"] > 2 * 3 * 64 * 0.5
+
+
+def test_tokenize_speed_is_of_the_same_rows():
+    figures = tokenize_speed.measure(num_conversations=60, repeats=1)
+    assert figures["several_over_one_speed"] == pytest.approx(
+        figures["several_rows_per_s"] / figures["one_rows_per_s"], rel=1e-6
+    )
 
 
 def test_quickstart_row_reads_what_a_pipeline_achieved(tmp_path):
