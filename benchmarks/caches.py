@@ -14,7 +14,7 @@ from eagle_offline.cache.arrow import ArrowShardWriter
 from eagle_offline.cache.choices import EncodingChoice
 from eagle_offline.cache.layout import FieldLayout, SampleTable
 from eagle_offline.cache.samples import StoredSample
-from eagle_offline.config import PrecomputeSettings
+from eagle_offline.capture_settings import PrecomputeSettings
 from eagle_offline.example.corpus import generate_conversations, write_conversations
 from eagle_offline.supervision import supervised_positions
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from benchmarks.harness import Figures, alternating_seconds
 from benchmarks.states import chat_lengths
-from eagle_offline.config import PrecomputeSettings
+from eagle_offline.capture_settings import PrecomputeSettings
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.precompute.fill import Filler
 from eagle_offline.precompute.stream import token_sample

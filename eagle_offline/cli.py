@@ -15,20 +15,22 @@ import click
 
 from eagle_offline import __version__
 from eagle_offline.cache.layout import CONFIG_FILE, MANIFEST_FILE
+from eagle_offline.capture_settings import (
+    EstimateSettings,
+    ImportSettings,
+    PrecomputeSettings,
+    PreviewSettings,
+    TokenizeSettings,
+)
 from eagle_offline.config import (
     CheckSettings,
     ConvertSettings,
-    EstimateSettings,
     EvaluateSettings,
     ExportSettings,
-    ImportSettings,
     PlotSettings,
-    PrecomputeSettings,
-    PreviewSettings,
     RepairSettings,
     ReportSettings,
     Settings,
-    TokenizeSettings,
     VerifySettings,
     build,
     location,

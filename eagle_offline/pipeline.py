@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from eagle_offline import stages
+from eagle_offline.capture_settings import ImportSettings, PrecomputeSettings, TokenizeSettings
 from eagle_offline.config import (
     CheckSettings,
     ConvertSettings,
@@ -20,13 +21,10 @@ from eagle_offline.config import (
     EvaluateSettings,
     ExampleTargetSettings,
     ExportSettings,
-    ImportSettings,
     InspectSettings,
-    PrecomputeSettings,
     ReportSettings,
     RewriteSettings,
     Settings,
-    TokenizeSettings,
     build,
     read_yaml,
 )

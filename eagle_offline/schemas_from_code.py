@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from eagle_offline import config
+from eagle_offline import capture_settings, config
 from eagle_offline.cache.aside import AsideReasons
 from eagle_offline.cache.layout import CommitRecord, FieldLayout
 from eagle_offline.cache.manifest import Manifest
@@ -35,9 +35,9 @@ _RECORDS: dict[str, type[BaseModel]] = {
     "evaluation": Evaluation,
     "estimate": Estimate,
     "inspection": Inspection,
-    "tokenize-settings": config.TokenizeSettings,
-    "precompute-settings": config.PrecomputeSettings,
-    "import-settings": config.ImportSettings,
+    "tokenize-settings": capture_settings.TokenizeSettings,
+    "precompute-settings": capture_settings.PrecomputeSettings,
+    "import-settings": capture_settings.ImportSettings,
     "verify-settings": config.VerifySettings,
     "repair-settings": config.RepairSettings,
     "convert-settings": config.ConvertSettings,

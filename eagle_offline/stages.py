@@ -11,23 +11,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from eagle_offline.cache.layout import TOKENS_DIRECTORY
+from eagle_offline.capture_settings import (
+    EstimateSettings,
+    ImportSettings,
+    PrecomputeSettings,
+    PreviewSettings,
+    TextSettings,
+    TokenizeSettings,
+)
 from eagle_offline.config import (
     CheckSettings,
     ConvertSettings,
     CorpusSettings,
-    EstimateSettings,
     EvaluateSettings,
     ExampleTargetSettings,
     ExportSettings,
-    ImportSettings,
     PlotSettings,
-    PrecomputeSettings,
-    PreviewSettings,
     RepairSettings,
     ReportSettings,
     RewriteSettings,
-    TextSettings,
-    TokenizeSettings,
     VerifySettings,
 )
 from eagle_offline.durable import exclusive, make_directory, require_writable

@@ -14,8 +14,9 @@ import pytest
 from pydantic import BaseModel
 
 from eagle_offline import errors
+from eagle_offline.capture_settings import PrecomputeSettings, PreviewSettings, TokenizeSettings
 from eagle_offline.cli import cli
-from eagle_offline.config import PrecomputeSettings, PreviewSettings, ReportSettings, TokenizeSettings
+from eagle_offline.config import ReportSettings
 from eagle_offline.train_settings import TrainSettings
 from tests.builders import run_cli
 from tests.training.caches import shared_cache

@@ -20,7 +20,7 @@ import torch
 
 from eagle_offline.cache.codec import losses_of
 from eagle_offline.cache.manifest import read_manifest
-from eagle_offline.config import PrecomputeSettings
+from eagle_offline.capture_settings import PrecomputeSettings
 from eagle_offline.errors import StoppedEarly
 from eagle_offline.precompute import probe as probing
 from eagle_offline.precompute.estimate import choices

@@ -33,6 +33,7 @@ FOUNDATION = {
     "errors",
     "config",
     "train_settings",
+    "capture_settings",
     "durable",
     "interrupts",
     "progress",

@@ -17,7 +17,8 @@ import yaml
 from eagle_offline.cache.manifest import read_manifest
 from eagle_offline.cache.reader import open_cache
 from eagle_offline.cache.saved_settings import making_command
-from eagle_offline.config import PrecomputeSettings, TokenizeSettings, build
+from eagle_offline.capture_settings import PrecomputeSettings, TokenizeSettings
+from eagle_offline.config import build
 from eagle_offline.errors import UsageError
 from eagle_offline.pipeline import read_pipeline
 from tests.builders import make_cache, precompute, run_cli, shard_bytes, shared_chat, shared_target, tree

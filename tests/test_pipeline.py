@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eagle_offline.config import PrecomputeSettings
+from eagle_offline.capture_settings import PrecomputeSettings
 from eagle_offline.errors import UsageError
 from eagle_offline.pipeline import KINDS, find_pipeline, read_pipeline
 from eagle_offline.train_settings import TrainSettings

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from eagle_offline.config import PreviewSettings
+from eagle_offline.capture_settings import PreviewSettings
 from eagle_offline.stages import preview
 from tests.builders import SCRATCH, run_cli, save_target, shared_chat, shared_target
 from tests.text.test_tokenised_rows import WITHOUT_TEMPLATE

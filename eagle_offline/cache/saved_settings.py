@@ -9,7 +9,8 @@ from typing import Any
 
 from eagle_offline.cache.layout import CONFIG_FILE, EXACT_MANTISSA_BITS
 from eagle_offline.cache.manifest import Manifest, read_json_object
-from eagle_offline.config import ConvertSettings, ImportSettings, PrecomputeSettings, Settings, build
+from eagle_offline.capture_settings import ImportSettings, PrecomputeSettings
+from eagle_offline.config import ConvertSettings, Settings, build
 from eagle_offline.durable import create_exclusively
 from eagle_offline.errors import DataError, UsageError
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from eagle_offline.cache.layout import LostSample
 from eagle_offline.cache.manifest import Identity, ImportedStates, Manifest
-from eagle_offline.config import ImportSettings
+from eagle_offline.capture_settings import ImportSettings
 from eagle_offline.errors import StoppedEarly, UsageError
 from eagle_offline.importing.dumps import Dump, detect_tool
 from eagle_offline.importing.loss_masks import LossMasks, is_dataset

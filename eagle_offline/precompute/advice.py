@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eagle_offline.amounts import size
-from eagle_offline.config import EstimateSettings, PrecomputeSettings
+from eagle_offline.capture_settings import EstimateSettings, PrecomputeSettings
 from eagle_offline.precompute.estimate_record import Cost
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle_offline.cache.manifest import BatchPlan
-from eagle_offline.config import PrecomputeSettings
+from eagle_offline.capture_settings import PrecomputeSettings
 from eagle_offline.errors import MismatchError
 from eagle_offline.provenance import describe_environment
 

@@ -27,7 +27,7 @@ from eagle_offline.cache.layout import (
     TARGET_PROBS,
     FieldLayout,
 )
-from eagle_offline.config import EstimateSettings, PrecomputeSettings
+from eagle_offline.capture_settings import EstimateSettings, PrecomputeSettings
 from eagle_offline.devices import resolve_device
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.precompute.advice import advise, command_as_asked

@@ -31,7 +31,7 @@ from eagle_offline.cache.manifest import (
 )
 from eagle_offline.cache.remote import MIRROR_ENTRIES
 from eagle_offline.cache.writer import committed_shards
-from eagle_offline.config import PrecomputeSettings
+from eagle_offline.capture_settings import PrecomputeSettings
 from eagle_offline.devices import resolve_device
 from eagle_offline.durable import make_directory
 from eagle_offline.errors import MismatchError, UsageError

@@ -22,7 +22,7 @@ from eagle_offline.cache.formats import frames_columns
 from eagle_offline.cache.layout import LAST_HIDDEN_STATE, STORED_DTYPES, TARGET_PROBS, FieldLayout
 from eagle_offline.cache.samples import EncodingErrors, encode_fields
 from eagle_offline.cache.zarr_shards import ZSTD_LEVEL
-from eagle_offline.config import PrecomputeSettings
+from eagle_offline.capture_settings import PrecomputeSettings
 from eagle_offline.errors import EagleOfflineError, StoppedEarly, UsageError
 from eagle_offline.interrupts import StopRequest
 from eagle_offline.precompute.batch_probe import CPU_BATCH_TOKENS, find_batch_tokens

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from eagle_offline.cache import filling
-from eagle_offline.config import PrecomputeSettings
+from eagle_offline.capture_settings import PrecomputeSettings
 from eagle_offline.errors import UsageError
 from eagle_offline.precompute import plan
 from eagle_offline.precompute.engines.processes import read_share

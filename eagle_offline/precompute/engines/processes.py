@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from eagle_offline.config import PrecomputeSettings
+from eagle_offline.capture_settings import PrecomputeSettings
 from eagle_offline.devices import resolve_device
 from eagle_offline.errors import EagleOfflineError, UsageError, one_line
 from eagle_offline.interrupts import StopRequest

@@ -20,7 +20,7 @@ from typing import Any
 
 from eagle_offline.cache.publishing import Publisher
 from eagle_offline.cache.writer import committed_shards
-from eagle_offline.config import PrecomputeSettings
+from eagle_offline.capture_settings import PrecomputeSettings
 from eagle_offline.durable import make_directory, remove_abandoned
 from eagle_offline.errors import EagleOfflineError, StoppedEarly, UsageError, one_line
 from eagle_offline.interrupts import StopRequest
