@@ -49,6 +49,18 @@ class TextSettings(Settings):
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _revise_what_is_on_a_hub(self) -> TextSettings:
+        for flag, revision, of, name in (
+            ("--revision", self.revision, "--target-model", self.target_model),
+            ("--adapter-revision", self.adapter_revision, "--adapter", self.adapter),
+        ):
+            if revision is not None and name is None:
+                raise UsageError(f"{flag} {revision}: of no use without {of}; leave it out, or give {of}")
+            if revision is not None and name is not None and Path(name).is_dir():
+                raise UsageError(f"{flag} {revision}: {of} {name} is a directory of this machine; leave {flag} out")
+        return self
+
 
 class TokenizeSettings(TextSettings):
     """Chat data to tokens and loss masks. CPU only."""
@@ -179,6 +191,14 @@ class PrecomputeSettings(TokenizeSettings):
         return self
 
     @model_validator(mode="after")
+    def _be_one_of_the_processes(self) -> PrecomputeSettings:
+        if self.process_index >= self.process_count:
+            raise UsageError(
+                f"--process-index {self.process_index}: expected less than --process-count {self.process_count}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _count_one_way(self) -> PrecomputeSettings:
         if self.batch_size is not None and self.max_batch_tokens is not None:
             raise UsageError(
@@ -190,12 +210,19 @@ class PrecomputeSettings(TokenizeSettings):
     @classmethod
     def _stage_what_goes_up(cls, values: Any) -> Any:
         """Take the URL of an object store apart: where it is, and the directory that shards are made in."""
-        url = values.get("output_dir") if isinstance(values, dict) else None
-        if not isinstance(url, str) or "://" not in url:
+        if not isinstance(values, dict):
             return values
-        require_path("--staging-dir", values.get("staging_dir"))
+        url, staging = values.get("output_dir"), values.get("staging_dir")
+        if not isinstance(url, str) or "://" not in url:
+            if staging is not None and values.get("store_url") is None:
+                raise UsageError(
+                    f"--staging-dir {staging}: of use only where --output-dir is the URL of an object store; leave it "
+                    "out"
+                )
+            return values
+        require_path("--staging-dir", staging)
         url = url.rstrip("/")
-        staging = values.get("staging_dir") or user_cache_directory() / "staging" / digest_bytes(url.encode())
+        staging = staging or user_cache_directory() / "staging" / digest_bytes(url.encode())
         return {**values, "store_url": url, "output_dir": staging}
 
     _split_ids = field_validator("aux_layer_ids", mode="before")(listed)
@@ -228,8 +255,11 @@ class ImportSettings(PrecomputeSettings):
     on_mismatch: Literal["stop", "drop"] = setting(
         "stop", "Rows without states, states without a row, other loss masks: stop, or leave them out and record them."
     )
-    check_samples: int = setting(
-        0, "Load the whole target and compare its own states of so many rows, and its layers, with the dump's.", ge=0
+    check_samples: int | None = setting(
+        None,
+        "Load the whole target once and compare its own states of so many rows, and its layers, with the dump's; "
+        "default 1 where an import begins, 0 to leave it out.",
+        ge=0,
     )
     output_dir: Path = setting(..., "Where the cache is written.")
     aux_layer_ids: tuple[int, ...] | None = setting(

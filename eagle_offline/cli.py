@@ -43,6 +43,7 @@ from eagle_offline.errors import (
     EXIT_FAILURE,
     EXIT_MISMATCH,
     EXIT_RESUMABLE,
+    DataError,
     EagleOfflineError,
     UsageError,
     printable,
@@ -230,8 +231,8 @@ def _preview(settings: PreviewSettings) -> None:
     else:
         colour = _colour() if settings.colour is None else settings.colour
         click.echo(_encodable(render_text(found, colour=colour)), color=colour)
-    if not found.taken:
-        raise SystemExit(EXIT_DATA)
+    if found.problem is not None:
+        raise DataError(found.problem)
 
 
 @settings_command(
@@ -463,7 +464,15 @@ def _export(settings: ExportSettings) -> None:
         _show(export(settings))
         return
     layout = None if settings.to == "both" else settings.to
-    report = check(CheckSettings(directory=settings.check, target=settings.target, layout=layout))
+    report = check(
+        CheckSettings(
+            directory=settings.check,
+            target=settings.target,
+            adapter=settings.adapter,
+            adapter_revision=settings.adapter_revision,
+            layout=layout,
+        )
+    )
     click.echo(report.render_text(settings.engine))
     if not report.passes(settings.engine):
         raise SystemExit(EXIT_MISMATCH)

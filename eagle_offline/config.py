@@ -150,6 +150,11 @@ class ExportSettings(Settings):
     target: str | None = setting(
         None, "What engines are to load as the target; default the hub id it was captured from."
     )
+    adapter: str | None = setting(
+        None,
+        "Directory or hub id of the LoRA adapter that was merged into the target, to check the draft against both.",
+    )
+    adapter_revision: str | None = setting(None, "Revision of a hub adapter.")
     num_draft_tokens: int = setting(5, "Tokens to draft a round, in the serve commands.", flags=("--num-steps",), gt=0)
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "What the weights are stored in.")
 
@@ -159,6 +164,8 @@ class CheckSettings(Settings):
 
     directory: Path = setting(..., "Draft to check, ours or another's.")
     target: str | None = setting(None, "Directory or hub id of the target, to check the draft against it.")
+    adapter: str | None = setting(None, "Directory or hub id of a LoRA adapter, merged into the target.")
+    adapter_revision: str | None = setting(None, "Revision of a hub adapter.")
     layout: Literal["flat", "speculators"] | None = setting(None, "The layout it must have.")
     engine: Literal["vllm", "sglang", "speculators", "eagle"] | None = setting(None, "The engine that has to be clean.")
 

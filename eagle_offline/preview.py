@@ -22,7 +22,7 @@ from eagle_offline.text.row_encoding import encode_row
 from eagle_offline.text.rows import Source, iter_rows
 from eagle_offline.text.templates import ChatTemplate
 from eagle_offline.text.token_table import QUARANTINE_FILE, SourceRecord, TokenTable
-from eagle_offline.text.token_writer import LeftOutRow
+from eagle_offline.text.token_writer import UNTOLD_REASONS, LeftOutRow, nothing_usable, template_problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +59,7 @@ class Preview(Frozen):
     Attributes:
         target: whose tokenizer; seq_length: of the samples.
         sources: those looked at, in order; sources_not_read: how many more there are.
+        notes: how many of the rows taken have something that the template does not render.
         samples: some of the samples.
     """
 
@@ -66,6 +67,7 @@ class Preview(Frozen):
     seq_length: int
     sources: list[SourcePreview]
     sources_not_read: int
+    notes: dict[str, int]
     samples: list[Example]
 
     @property
@@ -77,6 +79,20 @@ class Preview(Frozen):
     def taken(self) -> int:
         """Return how many of the rows become samples."""
         return sum(source.taken for source in self.sources)
+
+    @property
+    def problem(self) -> str | None:
+        """Return why capture would refuse these rows, in one line; None if it would not."""
+        reasons: Counter[str] = Counter()
+        for source in self.sources:
+            reasons.update(source.left_out)
+        examples = [LeftOutRow(**item.model_dump()) for source in self.sources for item in source.examples]
+        if not self.taken:
+            return nothing_usable(
+                ", ".join(source.name for source in self.sources), reasons, next(iter(examples), None)
+            )
+        untold = (example for example in examples if example.reason in UNTOLD_REASONS)
+        return template_problem(self.taken, reasons, next(untold, None))
 
 
 @dataclass
@@ -131,12 +147,13 @@ def preview_rows(
         num_samples: how many of the samples are shown, chosen by ``seed``.
 
     Raises:
-        DataError: a file that cannot be read, or a template that cannot say which tokens are the assistant's.
+        DataError: a file that cannot be read.
     """
     template = ChatTemplate(tokenizer)
     share = max(1, num_rows // len(sources))
     read = sources[:num_rows]
     found, samples = [], []
+    notes: Counter[str] = Counter()
     for source in read:
         counted = _Found()
         rows = iter_rows(source)
@@ -147,6 +164,7 @@ def preview_rows(
                 continue
             counted.lengths.append(len(outcome.input_ids))
             counted.supervised_tokens += int(outcome.loss_mask.sum())
+            notes.update(outcome.notes)
             counted.shortened = (counted.shortened or 0) + outcome.truncated
             samples.append((source.name, outcome.row_number, outcome.input_ids, outcome.loss_mask))
         found.append(counted.of(source, whole=next(rows, None) is None))
@@ -156,6 +174,7 @@ def preview_rows(
         seq_length=seq_length,
         sources=found,
         sources_not_read=len(sources) - len(read),
+        notes=dict(sorted(notes.items())),
         samples=[_example(tokenizer, number, *samples[number]) for number in shown],
     )
 
@@ -183,6 +202,7 @@ def preview_table(
         seq_length=table.meta.seq_length,
         sources=[counted.of(source, whole=True) for counted, source in zip(found, sources, strict=True)],
         sources_not_read=0,
+        notes=table.meta.notes,
         samples=[
             _example(tokenizer, number, sources[table[number].source].name, table[number].row, *table[number][:2])
             for number in shown

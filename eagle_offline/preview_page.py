@@ -60,6 +60,7 @@ def _facts(preview: Preview) -> list[Row]:
     if tokens:
         mean = tokens / preview.taken
         facts.append(("tokens", f"{tokens:,}, {mean:,.1f} a sample, {supervised / tokens:.1%} of them supervised"))
+    facts += [(note.replace("-", " "), f"of {count:,} samples") for note, count in preview.notes.items()]
     shortened = [source.shortened for source in preview.sources if source.shortened]
     if shortened:
         facts.append(("shortened", f"{sum(shortened):,} samples, to {preview.seq_length:,} tokens"))

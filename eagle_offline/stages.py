@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eagle_offline.cache.layout import TOKENS_DIRECTORY
+from eagle_offline.cache.layout import MANIFEST_FILE, TOKENS_DIRECTORY
 from eagle_offline.capture_settings import (
     EstimateSettings,
     ImportSettings,
@@ -33,8 +33,9 @@ from eagle_offline.config import (
     VerifySettings,
 )
 from eagle_offline.durable import exclusive, make_directory, require_writable
-from eagle_offline.errors import StoppedEarly, UsageError, printable
+from eagle_offline.errors import EagleOfflineError, MismatchError, StoppedEarly, UsageError, printable
 from eagle_offline.interrupts import StopRequest
+from eagle_offline.launch import read_launch
 from eagle_offline.progress import Progress
 from eagle_offline.status import reported_status
 from eagle_offline.train_settings import TrainSettings
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from eagle_offline.cache.findings import Verification
     from eagle_offline.cache.manifest import Manifest
     from eagle_offline.cache.repair import Repair
+    from eagle_offline.draft.origin import DraftOrigin
     from eagle_offline.draft.warm_start import DraftWeights
     from eagle_offline.precompute.estimate_record import Estimate
     from eagle_offline.precompute.fill import Begun, Loader
@@ -74,11 +76,23 @@ def tokenize(settings: TokenizeSettings, tokenizer: Any | None = None, stop: Sto
     """Turn chat data into tokens and loss masks below ``output_dir/tokens``, once; later calls reuse them.
 
     Raises:
+        MismatchError: a cache of another corpus or tokenizer was begun there.
         EagleOfflineError: see `eagle_offline.errors`.
     """
-    make_directory(settings.output_dir)
     tokenizer = load_text(settings) if tokenizer is None else tokenizer
-    return _ensured_table(settings, tokenizer, settings.output_dir / TOKENS_DIRECTORY, settings.on_bad_row, stop)
+    if (settings.output_dir / MANIFEST_FILE).exists():
+        from eagle_offline.precompute.plan import refuse_other_tokens
+
+        refuse_other_tokens(settings, tokenizer)
+    return _tokenize(settings, tokenizer, stop)
+
+
+def _tokenize(settings: TokenizeSettings, tokenizer: Any, stop: StopRequest | None) -> TokenTable:
+    """Return the tokens below ``output_dir/tokens``, made if need be; whether they may be is settled."""
+    make_directory(settings.output_dir)
+    table = _ensured_table(settings, tokenizer, settings.output_dir / TOKENS_DIRECTORY, settings.on_bad_row, stop)
+    say_left_out(table)
+    return table
 
 
 def _ensured_table(
@@ -91,6 +105,7 @@ def _ensured_table(
     """Return the tokens of chat data from ``directory``, or from ``tokens_dir`` alone, and make them if need be."""
     from eagle_offline.text.token_builder import TokenTableSettings, ensure_token_table
 
+    say_splits(settings)
     table_settings = TokenTableSettings(
         input_data=settings.input_data,
         split=settings.split,
@@ -129,6 +144,7 @@ def preview(settings: PreviewSettings) -> Preview:
             table = _ensured_table(settings, tokenizer, None, "quarantine", stop)
         found = preview_table(table, tokenizer, target=target, num_samples=settings.num_samples, seed=settings.seed)
     else:
+        say_splits(settings)
         found = preview_rows(
             resolve_sources(settings.input_data, split=settings.split, revision=settings.data_revision, digests=False),
             tokenizer,
@@ -143,25 +159,58 @@ def preview(settings: PreviewSettings) -> Preview:
     return found
 
 
+def say_splits(settings: TextSettings) -> None:
+    """Write one line to stderr if a directory is read with all of its splits."""
+    from eagle_offline.text.sources import splits_read_together
+
+    if names := splits_read_together(settings.input_data, settings.split):
+        sys.stderr.write(f"note: reads {', '.join(map(printable, names))} together; choose with --split\n")
+
+
 def say_left_out(table: TokenTable) -> None:
-    """Write one line to stderr if input rows were left out."""
+    """Write one line to stderr if input rows were left out, and one if of some something is not rendered."""
     meta = table.meta
     if meta.num_quarantined:
         reasons = ", ".join(f"{count} {reason}" for reason, count in meta.reasons.items())
         total = meta.num_rows + meta.num_quarantined
         where = table.directory / "quarantine.jsonl"
         sys.stderr.write(f"left out {meta.num_quarantined} of {total} rows ({reasons}): see {where}\n")
+    if meta.notes:
+        notes = ", ".join(f"{note.replace('-', ' ')} in {count}" for note, count in meta.notes.items())
+        sys.stderr.write(f"note: of {meta.num_rows} rows the chat template leaves something out: {notes}\n")
 
 
 def say_vocabulary(plan: Plan) -> None:
     """Write one line to stderr: what the draft vocabulary holds of the corpus, and special tokens that it lacks."""
     from eagle_offline.precompute.plan import required_token_ids
+    from eagle_offline.vocab import LOW_COVERAGE
 
     vocab, held = plan.vocab, set(plan.vocab.selected_token_ids.tolist())
-    lacking = sorted({token for token in required_token_ids(plan.source, plan.tokenizer) if token not in held})
+    lacking = sorted(
+        {token for token in required_token_ids(plan.source, plan.tokenizer) if token < vocab.vocab_size} - held
+    )
     names = ", ".join(f"{printable(str(plan.tokenizer.convert_ids_to_tokens(token)))} ({token})" for token in lacking)
     warning = f"; warning: a draft can never propose {names}, which it lacks" if lacking else ""
+    if not vocab.coverage:
+        raise UsageError(
+            f"the draft vocabulary holds none of the tokens that the corpus's assistant says ({vocab.size} tokens): "
+            "a draft would have nothing to learn; give another --draft-vocab, or a --draft-vocab-size instead"
+        )
+    if vocab.coverage < LOW_COVERAGE:
+        warning = f"; warning: the others are lost for acceptance; a larger --draft-vocab-size covers more{warning}"
     sys.stderr.write(f"draft vocabulary: {vocab.size} tokens, {vocab.coverage:.2%} of those supervised{warning}\n")
+
+
+def say_long_rows(plan: Plan) -> None:
+    """Write one line to stderr if rows are longer than the target's rotary positions were made for."""
+    from eagle_offline.target.positions import rotary_reach
+
+    reach, longest = rotary_reach(plan.config.get_text_config()), int(plan.table.lengths.max())
+    if reach is not None and longest > reach:
+        sys.stderr.write(
+            f"warning: rows of up to {longest} tokens, and the target's positions were made for {reach}: what it says "
+            f"beyond is poor; --seq-length {reach} cuts them\n"
+        )
 
 
 def precompute(settings: PrecomputeSettings) -> dict[str, Any]:
@@ -173,13 +222,25 @@ def precompute(settings: PrecomputeSettings) -> dict[str, Any]:
     if settings.engine == "ray":
         from eagle_offline.precompute.engines.ray_pool import precompute_on_ray
 
-        return precompute_on_ray(settings, begun_precompute)
+        return say_lost(precompute_on_ray(settings, begun_precompute))
     from eagle_offline.precompute.engines.processes import read_share
 
+    _require_number(settings)
     share = read_share(settings)
     with share.target_loader() as load:
         # Without one, this process has helped another to run its copy of the target, and that is done.
         return {} if load is None else _precompute(share.settings, load, passes_signals=share.launch.size > 1)
+
+
+def _require_number(settings: PrecomputeSettings) -> None:
+    """Refuse one of several processes that does not say which of them it is; torchrun says so by itself.
+
+    Raises:
+        UsageError: says so.
+    """
+    count = settings.process_count
+    if count > 1 and "process_index" not in settings.model_fields_set and read_launch().size == 1:
+        raise UsageError(f"--process-count {count}: say which of them this is with --process-index, 0 to {count - 1}")
 
 
 def _precompute(settings: PrecomputeSettings, load: Loader, *, passes_signals: bool) -> dict[str, Any]:
@@ -193,7 +254,7 @@ def _precompute(settings: PrecomputeSettings, load: Loader, *, passes_signals: b
         if not settings.dry_run:
             fill(begun, stop, load)
         found = summarize(begun.plan, begun.plan.settings.output_dir)
-        return {**found, "cache": settings.store_url or str(settings.output_dir)}
+        return say_lost({**found, "cache": settings.store_url or str(settings.output_dir)})
 
 
 @contextmanager
@@ -233,6 +294,7 @@ def begun_precompute(settings: PrecomputeSettings, stop: StopRequest, *, with_st
         tokenizer, table = _tokenize_for(settings, recorded, stop)
         plan = plan_cache(settings, table, tokenizer, recorded)
         say_vocabulary(plan)
+        say_long_rows(plan)
         yield Begun(plan, recorded, publisher)
 
 
@@ -246,6 +308,7 @@ def import_states(settings: ImportSettings) -> dict[str, Any]:
     from eagle_offline.importing.plan import open_source, plan_import, refuse_other_settings, scan_source
     from eagle_offline.precompute.plan import check_output_directory, check_settings, summarize
 
+    _require_number(settings)
     recorded = check_output_directory(settings)
     with (
         reported_status(settings.output_dir, settings.process_index, settings.process_count),
@@ -257,21 +320,42 @@ def import_states(settings: ImportSettings) -> dict[str, Any]:
         check_settings(settings)
         tokenizer = load_text(settings)
         # A corpus shows what is wrong with it sooner than a dump; one that was begun is compared before its tokens.
-        table = tokenize(settings, tokenizer, stop) if recorded is None else None
+        table = _tokenize(settings, tokenizer, stop) if recorded is None else None
         with Progress("read", source.num_bytes, unit="B", enabled=settings.process_index == 0) as progress:
             index = scan_source(source, stop, progress)
         if recorded is not None:
             refuse_other_settings(source, tokenizer, index, recorded)
-        table = tokenize(settings, tokenizer, stop) if table is None else table
-        say_left_out(table)
+        table = _tokenize(settings, tokenizer, stop) if table is None else table
         plan = plan_import(source, index, table, tokenizer, recorded)
-        if settings.check_samples and settings.process_index == 0:
+        if settings.process_index == 0:
             from eagle_offline.importing.trial import check_samples
 
-            check_samples(plan, settings.check_samples)
+            if equal := sum(len(samples) - 1 for samples in plan.matching.equals.values()):
+                sys.stderr.write(f"samples of the dump that have the same tokens as another: {equal}\n")
+
+            # One that was begun has been checked, or was not to be.
+            check_samples(plan, (recorded is None) if settings.check_samples is None else settings.check_samples)
         if not settings.dry_run:
             fill(plan, recorded, stop)
-        return {**summarize(plan, settings.output_dir), "samples_without_states": plan.num_lost}
+        return say_lost({**summarize(plan, settings.output_dir), "samples_without_states": plan.num_lost})
+
+
+def say_lost(summary: dict[str, Any]) -> dict[str, Any]:
+    """Write one line to stderr if samples of a cache were lost on the way into it; return what stands there in numbers.
+
+    Raises:
+        EagleOfflineError: none is left.
+    """
+    lost = summary["samples_lost"]
+    if lost:
+        said = (
+            f"{sum(lost.values())} of {summary['samples']} samples are not in the cache "
+            f"({', '.join(f'{count} {reason}' for reason, count in lost.items())})"
+        )
+        if sum(lost.values()) == summary["samples"]:
+            raise EagleOfflineError(f"{summary['cache']}: {said}: nothing can be trained from it")
+        sys.stderr.write(f"warning: {said}: see eagle-offline inspect-manifest {summary['cache']}\n")
+    return summary
 
 
 def say_top_k_costs(target_encoding: str | None) -> None:
@@ -312,9 +396,7 @@ def _tokenize_for(settings: PrecomputeSettings, recorded: Manifest | None, stop:
     tokenizer = load_text(settings)
     if recorded is not None:
         refuse_other_settings(settings, tokenizer, recorded)
-    table = tokenize(settings, tokenizer, stop)
-    say_left_out(table)
-    return tokenizer, table
+    return tokenizer, _tokenize(settings, tokenizer, stop)
 
 
 def estimate(settings: EstimateSettings) -> Estimate:
@@ -466,6 +548,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
             made_for = "" if origin is None else f" (it was captured from a directory called {origin.target_id})"
             raise UsageError(f"--target: say which hub id or directory engines are to load as the target{made_for}")
         target = origin.target_id
+    _check_adapter(settings, origin, target)
     if origin is None or draft.aux_layer_ids is None:
         config = load_config(resolve_target(target, flag="--target", weights=False))
         architectures = list(config.architectures or ())
@@ -497,6 +580,35 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     }
 
 
+def _check_adapter(settings: ExportSettings, origin: DraftOrigin | None, target: str) -> None:
+    """Compare a target and an adapter with those that a draft was made for; say what engines have to serve.
+
+    Raises:
+        MismatchError: it was made for other weights.
+    """
+    from eagle_offline.target.load import resolve_target, target_digest
+
+    if origin is None:
+        return
+    if settings.adapter is not None:
+        digest = target_digest(
+            resolve_target(
+                target, flag="--target", adapter=settings.adapter, adapter_revision=settings.adapter_revision
+            )
+        )
+        if digest != origin.target_digest:
+            merged = "" if origin.target_adapter is None else f" with the adapter {origin.target_adapter}"
+            raise MismatchError(
+                f"--adapter {settings.adapter}: merged into {target} it has digest {digest}, but the draft was made "
+                f"for {origin.target_id}{merged} of digest {origin.target_digest}"
+            )
+    elif origin.target_adapter is not None:
+        sys.stderr.write(
+            f"warning: this draft was trained for {origin.target_id} with the adapter {origin.target_adapter} merged: "
+            "engines have to serve the merged model; --adapter compares with both\n"
+        )
+
+
 def check(settings: CheckSettings) -> CheckReport:
     """Return, for every engine and every rule, whether a draft directory keeps it.
 
@@ -506,8 +618,14 @@ def check(settings: CheckSettings) -> CheckReport:
     from eagle_offline.serving.check import check_draft
     from eagle_offline.target.load import resolve_target
 
-    target = None if settings.target is None else resolve_target(settings.target, flag="--target").directory
-    return check_draft(settings.directory, target=target, layout=settings.layout)
+    if settings.target is None:
+        if settings.adapter is not None:
+            raise UsageError("--adapter: give --target too, the model that it is merged into")
+        return check_draft(settings.directory, layout=settings.layout)
+    source = resolve_target(
+        settings.target, flag="--target", adapter=settings.adapter, adapter_revision=settings.adapter_revision
+    )
+    return check_draft(settings.directory, target=source.directory, adapter=source.adapter, layout=settings.layout)
 
 
 def evaluate(settings: EvaluateSettings) -> Evaluation:

@@ -13,6 +13,9 @@ from eagle_offline.errors import DataError, UsageError, one_line
 from eagle_offline.provenance import digest_bytes
 
 DEFAULT_DRAFT_VOCAB_SIZE = 32000
+
+# A draft vocabulary that covers less of what the assistant says deserves a word.
+LOW_COVERAGE = 0.9
 SIZE_FLAG, FILE_FLAG = "--draft-vocab-size", "--draft-vocab"
 
 

@@ -320,6 +320,60 @@ def test_flags_that_cannot_be_meant_exit_2_before_any_work(given: list[str], tmp
     assert not (tmp_path / "cache" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--process-index", "3"], "--process-index 3: expected less than --process-count 1"),
+        (["--process-count", "2"], "say which of them this is with --process-index, 0 to 1"),
+        (["--revision", "main"], "is a directory of this machine; leave --revision out"),
+        (["--adapter-revision", "main"], "of no use without --adapter"),
+        (["--adapter", "/", "--adapter-revision", "main"], "leave --adapter-revision out"),
+        (["--staging-dir", "somewhere"], "of use only where --output-dir is the URL of an object store"),
+    ],
+)
+def test_flags_that_would_be_of_no_effect_exit_2_before_anything_is_made(
+    given: list[str], said: str, tmp_path: Path
+) -> None:
+    check_refused(plain(tmp_path / "cache", *given), 2, said)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(("kind", "said"), [("T5", "is an encoder-decoder model"), ("Bert", "is an encoder model")])
+def test_what_writes_no_text_from_left_to_right_is_refused_before_tokens_are_made(
+    kind: str, said: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    target = shutil.copytree(builders.shared_target(), tmp_path / "target")
+    config = {
+        "T5": lambda: transformers.T5Config(
+            architectures=["T5ForConditionalGeneration"], vocab_size=272, d_model=32, num_layers=2
+        ),
+        "Bert": lambda: transformers.BertConfig(architectures=["BertForMaskedLM"], num_hidden_layers=2),
+    }[kind]()
+    config.save_pretrained(target)
+    ended = builders.precompute(tmp_path / "cache", target)
+    check_refused(ended, 3, said)
+    assert not (tmp_path / "cache" / "tokens").exists()
+
+
+def test_the_tokens_of_a_cache_are_not_replaced_by_others(tmp_path: Path) -> None:
+    cache = builders.make_cache(tmp_path / "cache")
+    before = {path.name: path.read_bytes() for path in (cache / "tokens").iterdir()}
+    arguments = ["tokenize", "--target-model", str(builders.shared_target()), "--output-dir", str(cache)]
+    same = ["--input-data", str(builders.shared_chat()), "--seq-length", "96"]
+    for given, said in (
+        (["--input-data", str(builders.shared_chat(5, 9)), "--seq-length", "96"], "dataset.sources"),
+        ([*same[:-1], "64"], "text.seq_length: recorded 96, now 64"),
+        ([*same, "--on-bad-row", "stop"], "begun with --on-bad-row quarantine, now stop"),
+    ):
+        check_refused(builders.run_cli(*arguments, *given), 3, said)
+    check_refused(builders.precompute(cache, resume=True, on_bad_row="stop"), 3, "--on-bad-row quarantine")
+    assert {path.name: path.read_bytes() for path in (cache / "tokens").iterdir()} == before
+    assert builders.run_cli(*arguments, *same).code == 0
+    assert builders.run_cli("verify", cache).code == 0
+
+
 @pytest.mark.parametrize("missing", ["--target-model", "--input-data", "--output-dir"])
 def test_missing_flags_are_named(missing: str, tmp_path: Path) -> None:
     arguments = builders.precompute_arguments(tmp_path / "cache")

@@ -24,6 +24,7 @@ from eagle_offline.pipeline import read_pipeline
 from tests.builders import make_cache, precompute, run_cli, shard_bytes, shared_chat, shared_target, tree
 from tests.text.test_tokenize_pool import runs
 from tests.text.tiny_tables import write_chats
+from tests.text.tiny_tokenizers import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,3 +146,17 @@ def test_pipeline_puts_its_directory_into_each_of_several_inputs(tmp_path: Path)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"stages": [stage]}))
     (read,) = read_pipeline(tmp_path / "job.yaml", Path("/w"))
     assert read.settings.input_data == ("/w/a.jsonl:[:1]", "/w/b.jsonl")
+
+
+def test_tokenize_says_what_is_left_out_and_which_splits_are_read_together(tmp_path: Path) -> None:
+    thought = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?", "thinking": "not shown"}]
+    write_jsonl(tmp_path / "data" / "train-00000-of-00001.jsonl", [{"messages": thought}, {"messages": []}])
+    write_chats(tmp_path / "data" / "test.jsonl", 2)
+    arguments = ["--target-model", shared_target(), "--input-data", tmp_path / "data", "--output-dir"]
+    said = run_cli("tokenize", *arguments, tmp_path / "all").err
+    assert "note: reads test, train together; choose with --split\n" in said
+    assert said.count("left out 1 of 4 rows (1 empty-conversation): see ") == 1
+    assert "note: of 3 rows the chat template leaves something out: reasoning not rendered in 1\n" in said
+    chosen = run_cli("tokenize", *arguments, tmp_path / "one", "--split", "test").err
+    assert "note:" not in chosen
+    assert "left out" not in chosen

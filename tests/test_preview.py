@@ -143,6 +143,19 @@ def test_data_without_a_usable_row_is_shown_and_ends_with_4(tmp_path: Path) -> N
     ended = show(write_jsonl(tmp_path / "a.jsonl", [BAD, BAD]))
     assert ended.code == 4
     assert "2  unknown-role" in ended.out
+    assert ended.err.splitlines()[-1].startswith(
+        "error: a.jsonl: no usable row, 2 left out (unknown-role 2); the first: "
+    )
+
+
+def test_what_the_template_leaves_out_is_counted(tmp_path: Path) -> None:
+    thought = [TURNS[0], {**TURNS[1], "reasoning_content": "hidden thought"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TURNS}, {"messages": thought}])
+    found = json.loads(show(path, json=True).out)
+    assert found["notes"] == {"reasoning-not-rendered": 1}
+    assert re.search(r"reasoning not rendered +of 1 samples", show(path).out)
+    kept = json.loads(show(path, json=True, tokens_dir=tmp_path / "kept").out)
+    assert kept["notes"] == found["notes"]
 
 
 def test_nothing_is_written(tmp_path: Path) -> None:

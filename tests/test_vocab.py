@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from eagle_offline.cache.reader import open_cache
 from eagle_offline.errors import UsageError
 from eagle_offline.vocab import choose_draft_vocab, given_draft_vocab, resolve_size
-from tests.builders import make_cache, precompute, run_cli, shared_chat, tree
+from tests.builders import make_cache, precompute, run_cli, save_target, shared_chat, tree
 
 
 def counts_of(pairs: dict[int, int], size: int) -> np.ndarray:
@@ -117,6 +117,15 @@ def recount(cache: Path, ids: list[int]) -> float:
         if mask
     ]
     return sum(token in ids for token in tokens) / len(tokens)
+
+
+def test_a_token_that_the_target_does_not_have_is_not_lacking(tmp_path: Path) -> None:
+    target = save_target(tmp_path / "target")
+    (target / "generation_config.json").write_text(json.dumps({"eos_token_id": [259, 50256]}))
+    ended = precompute(tmp_path / "cache", target)
+    assert ended.code == 0, ended.err
+    assert "draft vocabulary: " in ended.err
+    assert "50256" not in ended.err
 
 
 @pytest.mark.parametrize("target_encoding", ["factored", "dense"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -153,6 +154,18 @@ def write_shard(
     if standing.file != final.name:
         remove(final)
     return standing
+
+
+def lost_samples(directory: Path, identity: Identity) -> dict[str, int]:
+    """Return how many samples the committed shards account for without holding them, by reason.
+
+    Raises:
+        DataError: a record cannot be read.
+    """
+    committed = committed_shards(directory)
+    index = read_index(directory, None, committed, identity.digest)
+    entries = (read_record(directory, shard) for shard in committed) if index is None else index.entries
+    return dict(Counter(item.reason for entry in entries for item in entry.lost))
 
 
 def ensure_index(directory: Path, identity: Identity, *, shards_here: bool = True) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import CONFIG_MAPPING
 
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
 from eagle_offline.draft.layers import LayerStyle, RotaryEmbedding
@@ -25,6 +26,28 @@ _COPIED = (
     "eos_token_id",
     "pad_token_id",
 )
+# What a draft and its checks ask of a target's config, under the names that most architectures use.
+_ASKED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "vocab_size",
+)
+# What some call them and transformers does not translate.
+_OTHER_NAMES = {
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "num_key_value_heads": ("num_kv_heads",),
+    "max_position_embeddings": ("max_seq_len", "seq_length"),
+}
+_ROPE_NAMES = ("rope_parameters", "rope_theta", "rope_scaling")
+# Of a target that has no feed-forward of one width: what most have.
+_MIDDLE_FACTOR = 4
+
 _HEADS_FLAG = "--draft-num-attention-heads"
 _KEY_VALUE_HEADS_FLAG = "--draft-num-key-value-heads"
 
@@ -33,16 +56,38 @@ _CHUNK_ROWS = 4096
 
 
 def read_target_config(path: Path) -> dict[str, Any]:
-    """Read the text part of a target's ``config.json``.
+    """Read the text part of a target's ``config.json``, its sizes under the names that most architectures use.
+
+    Files leave out what is their architecture's default, and some have names of their own: ``n_embd``, ``n_head``.
 
     Raises:
         DataError: missing or not JSON.
     """
     try:
         config = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        stated = config.get("text_config") or config
+        merged = {**config, **stated}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: the target's config cannot be read: {error}") from error
-    return {**config, **config.get("text_config", {})}
+    known = _known_config(config)
+    for name in _ASKED:
+        if stated.get(name) is None:
+            names = (name, *_OTHER_NAMES.get(name, ()))
+            values = (value for called in names for value in (stated.get(called), getattr(known, called, None)))
+            found = next((value for value in values if value is not None), None)
+            merged |= {} if found is None else {name: found}
+    rope = getattr(known, "rope_parameters", None)
+    if rope is not None and not any(merged.get(name) is not None for name in _ROPE_NAMES):
+        merged["rope_parameters"] = rope
+    return merged
+
+
+def _known_config(config: Mapping[str, Any]) -> Any:
+    """Return the text part of a config as its class in transformers reads it; None for a class that is not there."""
+    try:
+        return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).get_text_config()
+    except Exception:  # a class refuses what it does not like in a way of its own; what the file says is left
+        return None
 
 
 def draft_config(
@@ -75,20 +120,22 @@ def draft_config(
         hidden_size, intermediate_size, num_attention_heads, num_key_value_heads: of the draft.
 
     Raises:
-        UsageError: sizes that make no model; names the flag.
+        UsageError: sizes that make no model, or that the target does not have; names the flag.
+        DataError: the target's config does not say how wide it is.
     """
-    copied = {name: target[name] for name in _COPIED if target.get(name) is not None}
-    for name in ("rope_parameters", "rope_theta", "rope_scaling"):
-        if target.get(name) is not None:
-            copied[name] = target[name]
-    width = target["hidden_size"] if hidden_size is None else hidden_size
-    middle = target["intermediate_size"] if intermediate_size is None else intermediate_size
+    copied = {name: target[name] for name in (*_COPIED, *_ROPE_NAMES) if target.get(name) is not None}
+    target_width = _size(target, "hidden_size")
+    if target_width is None or _size(target, "vocab_size") is None:
+        lacking = "hidden_size" if target_width is None else "vocab_size"
+        raise DataError(f"the target's config has no {lacking}: no draft can be made to fit it")
+    width = target_width if hidden_size is None else hidden_size
+    middle = intermediate_size or _size(target, "intermediate_size") or _MIDDLE_FACTOR * target_width
     config = Eagle3DraftConfig(
         **copied,
         **_head_sizes(target, width, num_attention_heads, num_key_value_heads),
         hidden_size=width,
         intermediate_size=middle,
-        target_hidden_size=target["hidden_size"],
+        target_hidden_size=target_width,
         draft_vocab_size=draft_vocab_size,
         num_aux_hidden_states=num_aux_hidden_states,
         num_hidden_layers=num_layers,
@@ -102,6 +149,12 @@ def draft_config(
     return config
 
 
+def _size(target: Mapping[str, Any], name: str) -> int | None:
+    """Return a size of the target, None where its config has none, or one a layer."""
+    value = target.get(name)
+    return value if isinstance(value, int) and value > 0 else None
+
+
 def _head_sizes(
     target: Mapping[str, Any], width: int, num_attention_heads: int | None, num_key_value_heads: int | None
 ) -> dict[str, Any]:
@@ -110,7 +163,11 @@ def _head_sizes(
     Raises:
         UsageError: see `draft_config`.
     """
-    heads = target["num_attention_heads"] if num_attention_heads is None else num_attention_heads
+    heads = num_attention_heads or _size(target, "num_attention_heads")
+    if heads is None:
+        raise UsageError(
+            f"the target's config has no num_attention_heads to take over: give {_HEADS_FLAG} a divisor of {width}"
+        )
     if width % heads:  # whatever a head's own width is: Llama's config wants it so, with us and in every engine
         given = f"--draft-hidden-size {width}" if num_attention_heads is None else f"{_HEADS_FLAG} {heads}"
         raise UsageError(
@@ -119,13 +176,13 @@ def _head_sizes(
         )
     head_width = width // heads
     if num_attention_heads is None:
-        head_width = target.get("head_dim") or target["hidden_size"] // heads
+        head_width = _size(target, "head_dim") or target["hidden_size"] // heads
     if head_width % 2:
         raise UsageError(
             f"{_HEADS_FLAG} {heads}: heads of {head_width} values, expected an even number, since rotary positions "
             "turn pairs"
         )
-    shared = target.get("num_key_value_heads") or target["num_attention_heads"]
+    shared = _size(target, "num_key_value_heads") or _size(target, "num_attention_heads") or heads
     shared = shared if num_key_value_heads is None else num_key_value_heads
     if heads % shared:
         given = f"{_KEY_VALUE_HEADS_FLAG} {shared}" if num_key_value_heads else f"{_HEADS_FLAG} {heads}"

@@ -13,6 +13,20 @@ from eagle_offline.errors import DataError, one_line
 ORIGIN_FILE: Final = "origin.json"
 
 
+class MergedAdapter(BaseModel):
+    """A LoRA adapter that is merged into a target: hub id or directory name, resolved revision, files' digest."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    revision: str | None
+    digest: str
+
+    def __str__(self) -> str:
+        revision = "" if self.revision is None else f" at {self.revision}"
+        return f"{self.id}{revision} (digest {self.digest})"
+
+
 class DraftOrigin(BaseModel):
     """The target a draft belongs to, the cache it learned from, and how far it got.
 
@@ -20,6 +34,7 @@ class DraftOrigin(BaseModel):
         target_id: hub id, or the directory's name.
         target_revision: resolved commit of a hub model.
         target_digest: of the target's weights and config, as `eagle_offline.provenance.digest_merged` makes it.
+        target_adapter: what is merged into that target, None for the target as it is.
         target_architecture: class name of the causal LM.
         target_num_layers, target_hidden_size, target_vocab_size: its shape.
         tokenizer_digest, template_digest: of what turned text into tokens.
@@ -41,6 +56,7 @@ class DraftOrigin(BaseModel):
     target_id: str
     target_revision: str | None
     target_digest: str
+    target_adapter: MergedAdapter | None = None
     target_architecture: str
     target_num_layers: int = Field(gt=0)
     target_hidden_size: int = Field(gt=0)

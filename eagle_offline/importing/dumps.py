@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,8 +148,14 @@ def detect_tool(directory: Path) -> Tool:
     if not directory.is_dir():
         raise UsageError(f"{directory}: {os.strerror(errno.ENOTDIR if directory.exists() else errno.ENOENT)}")
     names = sorted(os.listdir(directory))
-    if "manifest.json" in names and any(name.startswith("shard-") for name in names):
+    shards = any(name.startswith("shard-") and name.endswith(".safetensors") for name in names)
+    if "manifest.json" in names and shards:
         return "nemo"
+    if shards and all(name.startswith("shard-") for name in names if name.endswith(".safetensors")):
+        raise UsageError(
+            f"{directory}: holds shards of NeMo AutoModel without their manifest.json; let NeMo finish the dump, or "
+            "bring that file as well"
+        )
     if any(name.endswith(".safetensors") for name in names):
         return "speculators"
     refuse_pickles(directory, names)
@@ -169,6 +176,15 @@ def refuse_pickles(directory: Path, names: Sequence[str]) -> None:
         raise UsageError(
             f"{directory}: {pickles[0]} is a pickle, which may run code when it is loaded and is never read here "
             "(dumps of SpecForge and DeepSpec are such); dump again as safetensors, or use eagle-offline precompute"
+        )
+
+
+def say_pickles(directory: Path) -> None:
+    """Write one line to stderr if there are files beside the states that would run code when they are loaded."""
+    if pickles := listed(directory, lambda name: name.endswith(_PICKLES)):
+        sys.stderr.write(
+            f"warning: {directory}: pickles are not read: {len(pickles)} (first: {pickles[0]}); rows that only they "
+            "have states of are without any\n"
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,7 +17,14 @@ NO_STATES = "no states in the dump"
 OTHER_MASK = "another loss mask in the dump"
 AMBIGUOUS = "rows that differ in their first token alone, which the dump does not record"
 
-_REASONS = (NO_STATES, OTHER_MASK, AMBIGUOUS)
+CLASHING = "several states of the same tokens in the dump, which contradict each other"
+
+_REASONS = (NO_STATES, OTHER_MASK, AMBIGUOUS, CLASHING)
+
+
+def place_of(reason: str) -> int:
+    """Return what stands for a reason why a row has no states, in the stead of a sample's number."""
+    return -1 - _REASONS.index(reason)
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,15 @@ class Matching:
             the reasons.
         strays: int64: samples of the dump that are of no row.
         foreign: int64: samples whose token ids are not those that the loss masks beside the dump were made for.
+        equals: of rows, in groups, that share several samples of the same tokens: the samples.
+        clashes: pairs of such samples that contradict each other.
     """
 
     place: np.ndarray
     strays: np.ndarray
     foreign: np.ndarray
+    equals: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
+    clashes: Sequence[tuple[int, int]] = ()
 
     def reason(self, row: int) -> str | None:
         """Return why a row of the corpus has no states, None if it has some."""
@@ -63,7 +74,7 @@ def match(table: TokenTable, index: DumpIndex, *, whole: bool) -> Matching:
     place = np.full(len(table), -1, np.int64)
     begun: dict[int, tuple[int, ...]] = {}
     ambiguous: set[int] = set()
-    taken: dict[tuple[int, int], int] = defaultdict(int)
+    takers: dict[tuple[int, ...], list[int]] = defaultdict(list)
     matched: set[int] = set()
     keys = np.empty(len(table), np.uint64)
     for row in range(len(table)):
@@ -85,17 +96,16 @@ def match(table: TokenTable, index: DumpIndex, *, whole: bool) -> Matching:
             mask = digest_values(tokens.loss_mask[first:])
             candidates = [number for number in candidates if int(index.masks[number]) == mask]
             if not candidates:
-                place[row] = -2
+                place[row] = place_of(OTHER_MASK)
                 continue
-            key_of_pair = (key, mask)
-        else:
-            key_of_pair = (key, 0)
-        place[row] = candidates[min(taken[key_of_pair], len(candidates) - 1)]
-        taken[key_of_pair] += 1
+        rows = takers[tuple(candidates)]
+        place[row] = candidates[min(len(rows), len(candidates) - 1)]
+        rows.append(row)
     if ambiguous:
-        place[np.isin(keys, np.array(sorted(ambiguous), np.uint64))] = -3
+        place[np.isin(keys, np.array(sorted(ambiguous), np.uint64))] = place_of(AMBIGUOUS)
     known = np.isin(index.ids, np.array(sorted(matched), np.uint64))
-    return Matching(place, np.flatnonzero(index.agrees & ~known), np.flatnonzero(~index.agrees))
+    equals = {tuple(rows): several for several, rows in takers.items() if len(several) > 1 and place[rows[0]] >= 0}
+    return Matching(place, np.flatnonzero(index.agrees & ~known), np.flatnonzero(~index.agrees), equals)
 
 
 def refuse_mismatch(matching: Matching, table: TokenTable, index: DumpIndex, *, dropped: bool) -> None:
@@ -112,20 +122,23 @@ def refuse_mismatch(matching: Matching, table: TokenTable, index: DumpIndex, *, 
     ]
     for numbers, what in (
         (matching.strays, "of no row"),
-        (matching.foreign, "with other tokens than --loss-masks"),
+        (matching.foreign, "with other tokens than --loss-masks has in the row of their number"),
     ):
         if len(numbers):
             said.append(f"{len(numbers)} of {len(index)} samples {what} (first: {index.name_of(int(numbers[0]))})")
-    directory = index.dump.directory
+    if matching.clashes:
+        one, two = map(index.name_of, matching.clashes[0])
+        said.append(f"{one} and {two} have the same tokens and other states; delete the wrong one")
+    directory, hint = index.dump.directory, _hint(matching, table, index)
     if lost == total:
-        raise DataError(f"{directory}: holds states of no row of the corpus; {'; '.join(said)}; {_hint(table, index)}")
+        raise DataError(f"{directory}: holds states of no row of the corpus; {'; '.join(said)}; {hint}")
     if said and not dropped:
-        raise MismatchError(
-            f"{directory}: {'; '.join(said)}; {_hint(table, index)}, or leave them out with --on-mismatch drop"
-        )
+        raise MismatchError(f"{directory}: {'; '.join(said)}; {hint}, or leave them out with --on-mismatch drop")
 
 
-def _hint(table: TokenTable, index: DumpIndex) -> str:
+def _hint(matching: Matching, table: TokenTable, index: DumpIndex) -> str:
+    if len(matching.foreign):
+        return "give the dataset that the files were dumped from, and leave them the numbers they were dumped with"
     longest = int(index.num_tokens.max())
     if longest < table.meta.max_length:
         return f"no sample there has more than {longest} tokens, which may be the --seq-length to give here"

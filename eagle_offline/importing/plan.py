@@ -12,10 +12,11 @@ from eagle_offline.cache.layout import LostSample
 from eagle_offline.cache.manifest import Identity, ImportedStates, Manifest
 from eagle_offline.capture_settings import ImportSettings
 from eagle_offline.errors import StoppedEarly, UsageError
-from eagle_offline.importing.dumps import Dump, detect_tool
+from eagle_offline.importing.dumps import Dump, detect_tool, say_pickles
+from eagle_offline.importing.equals import without_clashes
 from eagle_offline.importing.loss_masks import LossMasks, is_dataset
 from eagle_offline.importing.matching import Matching, match, refuse_mismatch
-from eagle_offline.importing.nemo import NemoDump
+from eagle_offline.importing.nemo import MANIFEST_FILE, NemoDump
 from eagle_offline.importing.scan import DumpIndex, scan_dump
 from eagle_offline.importing.speculators import SpeculatorsDump
 from eagle_offline.interrupts import StopRequest
@@ -73,9 +74,18 @@ def open_source(settings: ImportSettings) -> Source:
     _, config = resolve_config(settings)
     text_config = config.get_text_config()
     tool = settings.tool or detect_tool(settings.states_dir)
+    if settings.process_index == 0:
+        say_pickles(settings.states_dir)
     if tool == "nemo":
         if settings.loss_masks is not None:
             raise UsageError(f"--loss-masks {settings.loss_masks}: NeMo's shards have their own; leave it out")
+        if not (settings.states_dir / MANIFEST_FILE).exists():
+            # Says what it may be instead.
+            other = detect_tool(settings.states_dir)
+            raise UsageError(
+                f"--from nemo: {settings.states_dir} has no {MANIFEST_FILE}, and looks like a dump of {other}; "
+                f"leave --from out"
+            )
         return _nemo_source(settings, NemoDump(settings.states_dir, text_config.hidden_size, text_config.vocab_size))
     if settings.aux_layer_ids is None:
         raise UsageError(
@@ -192,7 +202,7 @@ def plan_import(
     settings = source.settings
     imported = partial(as_imported, source, index)
     settled = plan.plan_cache(settings, table, tokenizer, recorded, imported, source.selected_token_ids)
-    matching = match(table, index, whole=depends_on_length(settled.config))
+    matching = without_clashes(match(table, index, whole=depends_on_length(settled.config)), table, index)
     refuse_mismatch(matching, table, index, dropped=settings.on_mismatch == "drop")
     return ImportPlan(**vars(settled), origin=source, index=index, matching=matching)
 

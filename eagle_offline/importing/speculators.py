@@ -112,7 +112,12 @@ class SpeculatorsDump:
         try:
             tensors = load(content)
         except UNREADABLE as error:
-            raise explained(file, error) from error
+            failure = explained(file, error)
+            if isinstance(failure, DataError):
+                raise DataError(
+                    f"{failure}; dump it again, or delete it and leave its row out with --on-mismatch drop"
+                ) from error
+            raise failure from error
         if tensors.keys() != {HIDDEN_STATES, TOKEN_IDS}:
             found = ", ".join(sorted(tensors)[:6]) or "nothing"
             raise DataError(f"{file}: holds {found}, expected {HIDDEN_STATES} and {TOKEN_IDS}")

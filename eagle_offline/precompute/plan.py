@@ -27,19 +27,21 @@ from eagle_offline.cache.manifest import (
     SourceIdentity,
     TargetIdentity,
     TextIdentity,
+    read_json_object,
+    read_manifest,
     refuse_drift,
 )
 from eagle_offline.cache.remote import MIRROR_ENTRIES
-from eagle_offline.cache.writer import committed_shards
-from eagle_offline.capture_settings import PrecomputeSettings
+from eagle_offline.cache.writer import committed_shards, lost_samples
+from eagle_offline.capture_settings import PrecomputeSettings, TokenizeSettings
 from eagle_offline.devices import resolve_device
 from eagle_offline.durable import make_directory
-from eagle_offline.errors import MismatchError, UsageError
+from eagle_offline.errors import DataError, MismatchError, UsageError
 from eagle_offline.precompute.batch_probe import CPU_BATCH_TOKENS, LOCK_FILE, STORE_BATCH_TOKENS
 from eagle_offline.precompute.environment import refuse_other_environment
 from eagle_offline.provenance import digest_checkpoint
 from eagle_offline.target.adapters import AdapterSource
-from eagle_offline.target.architectures import implementations
+from eagle_offline.target.architectures import auto_class, implementations
 from eagle_offline.target.batching import SMALL_BATCH_TOKENS, Batching
 from eagle_offline.target.layout import default_aux_layer_ids, validate_aux_layer_ids
 from eagle_offline.target.load import (
@@ -52,11 +54,13 @@ from eagle_offline.target.load import (
 from eagle_offline.text.rows import Source
 from eagle_offline.text.sources import pinned_inputs, resolve_sources
 from eagle_offline.text.templates import template_digest, tokenizer_digest
-from eagle_offline.text.token_table import SourceRecord, TokenTable
+from eagle_offline.text.token_table import META_FILE, SourceRecord, TokenTable
 from eagle_offline.vocab import FILE_FLAG, SIZE_FLAG, DraftVocab, choose_draft_vocab, given_draft_vocab, resolve_size
 
 # Whatever else stands in an output directory belongs to somebody else.
 OWN_ENTRIES = {TOKENS_DIRECTORY, ASIDE_DIRECTORY, CONFIG_FILE, "status.json", LOCK_FILE}
+
+_MAX_TOKENS_META_BYTES = 64 << 20
 
 # Settings of a run; what it makes does not depend on them.
 _OF_A_RUN = {
@@ -202,14 +206,47 @@ def check_settings(settings: PrecomputeSettings) -> None:
     """Refuse what the target's config alone shows to be impossible, before a corpus is tokenised for it.
 
     Raises:
-        UsageError, DataError: see `eagle_offline.errors`.
+        UsageError, MismatchError, DataError: see `eagle_offline.errors`.
     """
     _, config = resolve_config(settings)
+    auto_class(config, settings.trust_remote_code)
     text_config = config.get_text_config()
     device_kind = torch.device(resolve_device(settings.device)).type
     encoding_choice(settings)
     draft_vocab_size(settings, text_config.vocab_size)
     _capture_identity(settings, config, vocab_digest="", device_kind=device_kind)
+
+
+def refuse_other_tokens(settings: TokenizeSettings, tokenizer: Any) -> None:
+    """Refuse to put other tokens in the place of those that the cache in ``output_dir`` was begun with.
+
+    Raises:
+        MismatchError: names each differing field. DataError: there is no readable manifest.
+    """
+    recorded = read_manifest(settings.output_dir)
+    sources = resolve_sources(settings.input_data, split=settings.split, revision=settings.data_revision)
+    dataset = recorded.identity.dataset.model_copy(update={"sources": _source_identities(sources)})
+    found = recorded.identity.model_copy(update={"dataset": dataset, "text": _text_identity(settings, tokenizer)})
+    refuse_drift(settings.output_dir, recorded.identity, found)
+    _refuse_other_bad_rows(settings)
+
+
+def _refuse_other_bad_rows(settings: TokenizeSettings) -> None:
+    """Refuse to make the same tokens under another ``--on-bad-row``, which stands in their description.
+
+    Raises:
+        MismatchError: says so.
+    """
+    path = settings.output_dir / TOKENS_DIRECTORY / META_FILE
+    try:
+        standing = read_json_object(path, _MAX_TOKENS_META_BYTES).get("on_bad_row")
+    except DataError:  # to be made again
+        return
+    if standing != settings.on_bad_row:
+        raise MismatchError(
+            f"{settings.output_dir} was begun with --on-bad-row {standing}, now {settings.on_bad_row}; give the "
+            "recorded one again, or choose another --output-dir"
+        )
 
 
 def refuse_other_settings(
@@ -231,6 +268,7 @@ def refuse_other_settings(
     found = amended(_identity(settings, tokenizer, dataset, vocab_digest, recorded))
     refuse_other_environment(settings.output_dir, recorded.identity.batch_plan, found.batch_plan)
     refuse_drift(settings.output_dir, recorded.identity, found)
+    _refuse_other_bad_rows(settings)
 
 
 def plan_cache(
@@ -349,14 +387,18 @@ def _identity(
             hidden_size=text_config.hidden_size,
             vocab_size=text_config.vocab_size,
         ),
-        text=TextIdentity(
-            tokenizer_digest=tokenizer_digest(tokenizer),
-            template_digest=template_digest(tokenizer),
-            seq_length=settings.seq_length,
-        ),
+        text=_text_identity(settings, tokenizer),
         dataset=dataset,
         capture=_capture_identity(settings, config, vocab_digest, device_kind),
         batch_plan=_batch_plan(settings, config, device_kind, recorded),
+    )
+
+
+def _text_identity(settings: TokenizeSettings, tokenizer: Any) -> TextIdentity:
+    return TextIdentity(
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        template_digest=template_digest(tokenizer),
+        seq_length=settings.seq_length,
     )
 
 
@@ -465,6 +507,7 @@ def summarize(plan: Plan, directory: Path) -> dict[str, Any]:
     return {
         "cache": str(directory),
         "samples": len(plan.table),
+        "samples_lost": lost_samples(directory, plan.identity),
         "tokens": plan.table.meta.num_tokens,
         "supervised_tokens": plan.table.meta.num_supervised,
         "rows_left_out": plan.table.meta.reasons,

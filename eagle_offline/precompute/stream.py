@@ -153,10 +153,11 @@ class SampleStream:
         tokens, settings = captured.tokens, self._plan.settings
         if not captured.finite:
             if settings.on_nonfinite == "stop":
+                wider = "" if settings.dtype == "bf16" else "--dtype bf16 or "
                 raise EagleOfflineError(
                     f"sample {tokens.sample_id} ({self._place(tokens)}): the target's states have NaN or infinite "
-                    f"values as {settings.dtype}; try --dtype bf16 or another --compute-dtype, or leave such samples "
-                    "out with --on-nonfinite drop"
+                    f"values as {settings.dtype}; try {wider}another --compute-dtype, or leave such samples out with "
+                    "--on-nonfinite drop"
                 )
             return LostSample(sample_id=tokens.sample_id, reason="non-finite states")
         target = captured.last_hidden_state if captured.target_probs is None else captured.target_probs

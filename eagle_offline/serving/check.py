@@ -10,6 +10,7 @@ from eagle_offline.serving.findings import CHECKS
 from eagle_offline.serving.report import CheckReport, Verdict
 from eagle_offline.serving.rules import ENGINES, RULES, Engine
 from eagle_offline.serving.subject import Subject, read_subject
+from eagle_offline.target.adapters import AdapterSource
 
 __all__ = ["CHECKS", "CheckReport", "check_draft"]
 
@@ -23,7 +24,9 @@ _MEANT_FOR: dict[str, tuple[Engine, ...]] = {
 }
 
 
-def check_draft(directory: Path, *, target: Path | None = None, layout: str | None = None) -> CheckReport:
+def check_draft(
+    directory: Path, *, target: Path | None = None, adapter: AdapterSource | None = None, layout: str | None = None
+) -> CheckReport:
     """Return one verdict for every rule and engine.
 
     Reads headers, the draft vocabulary and small tensors; other weights piece by piece, to see that they are finite.
@@ -31,13 +34,14 @@ def check_draft(directory: Path, *, target: Path | None = None, layout: str | No
     Args:
         directory: a draft in the flat or the speculators layout, made by anyone.
         target: a local directory of the target, for the rules that compare the two.
+        adapter: what is to be merged into the target.
         layout: the layout that is expected.
 
     Raises:
         DataError: not a draft directory, or files that cannot be read.
         MismatchError: another layout than expected, or a training checkpoint.
     """
-    subject = read_subject(directory, target)
+    subject = read_subject(directory, target, adapter)
     if layout is not None and layout != subject.config.layout:
         raise MismatchError(f"{directory}: expected the {layout} layout, found {subject.config.layout}")
     verdicts: dict[tuple[str, Engine], Verdict] = {}

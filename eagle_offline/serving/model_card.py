@@ -50,7 +50,7 @@ def model_card(facts: CardFacts, report: CheckReport) -> str:
         _front_matter(facts),
         f"# {facts.directory_name}\n",
         f"An {variant} draft model for speculative decoding with `{facts.target_name}`, and with no other target.",
-        _section("Serve", [*_commands(facts, report)]),
+        _section("Serve", [*_merged_first(facts.draft.origin), *_commands(facts, report)]),
         _section("The draft", [_table(_shape_rows(facts))]),
     ]
     if facts.draft.origin is not None:
@@ -73,6 +73,14 @@ def _front_matter(facts: CardFacts) -> str:
             "",
         ]
     )
+
+
+def _merged_first(origin: DraftOrigin | None) -> Iterable[str]:
+    if origin is not None and origin.target_adapter is not None:
+        yield (
+            f"The draft is for `{origin.target_id}` with the adapter {origin.target_adapter} merged into it. Serve the "
+            "merged model: beside the target alone, fewer tokens are accepted.\n"
+        )
 
 
 def _commands(facts: CardFacts, report: CheckReport) -> Iterable[str]:
@@ -115,6 +123,7 @@ def _origin_rows(origin: DraftOrigin) -> dict[str, Any]:
     return {
         "target": origin.target_id,
         "target revision": origin.target_revision or "local",
+        "adapter merged into the target": origin.target_adapter or "none",
         "target digest": origin.target_digest,
         "target shape": f"{origin.target_architecture}, {origin.target_num_layers} layers of "
         f"{origin.target_hidden_size}, vocabulary {origin.target_vocab_size}",

@@ -18,6 +18,7 @@ from eagle_offline.serving.configs import ConfigFile, read_config
 from eagle_offline.serving.drafts import model_config
 from eagle_offline.serving.layouts import MEMBERS_TENSOR, OFFSETS_TENSOR, expected_shapes, ids_of, parameter_name
 from eagle_offline.serving.tensor_files import CONFIG_FILE, DTYPES, Header, TensorFiles, open_tensors
+from eagle_offline.target.adapters import AdapterSource, adapted_vocab_size
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Subject:
         origin: what it was trained for, if it says.
         target: the text part of the target's config, if one was given.
         target_directory: where that lies.
+        adapter: what is to be merged into it, if anything.
     """
 
     config: ConfigFile
@@ -37,6 +39,7 @@ class Subject:
     origin: DraftOrigin | None
     target: Mapping[str, Any] | None
     target_directory: Path | None
+    adapter: AdapterSource | None = None
 
     @property
     def is_flat(self) -> bool:
@@ -145,8 +148,8 @@ class Subject:
         return None if depth is None else [1, depth // 2 - 1, depth - 4]
 
 
-def read_subject(directory: Path, target: Path | None) -> Subject:
-    """Read config, headers and origin of a draft, and its target's config.
+def read_subject(directory: Path, target: Path | None, adapter: AdapterSource | None = None) -> Subject:
+    """Read config, headers and origin of a draft, and its target's config, with the vocabulary that an adapter gives.
 
     Raises:
         DataError: not a draft directory, or files that cannot be read.
@@ -156,4 +159,7 @@ def read_subject(directory: Path, target: Path | None) -> Subject:
     if config.layout == "native":
         raise MismatchError(f"{directory}: a training checkpoint, which no engine reads: export it first")
     target_config = None if target is None else read_target_config(target / CONFIG_FILE)
-    return Subject(config, open_tensors(directory), read_origin(directory), target_config, target)
+    if target_config is not None and adapter is not None:
+        rows = adapted_vocab_size(adapter)
+        target_config |= {} if rows is None else {"vocab_size": rows}
+    return Subject(config, open_tensors(directory), read_origin(directory), target_config, target, adapter)

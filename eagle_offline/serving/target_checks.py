@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from eagle_offline.provenance import digest_checkpoint
+from eagle_offline.provenance import digest_checkpoint, digest_merged
 from eagle_offline.serving.config_checks import effective_rope
 from eagle_offline.serving.findings import Finding, checks, not_applicable, note, problem
 from eagle_offline.serving.subject import Subject
@@ -76,9 +76,16 @@ def _target_rope(subject: Subject) -> Iterator[Finding]:
 
 @checks("target-identity")
 def _target_identity(subject: Subject) -> Iterator[Finding]:
-    if subject.target_directory is None or subject.origin is None:
+    origin, adapter = subject.origin, subject.adapter
+    if origin is not None and origin.target_adapter is not None and adapter is None:
+        yield note(
+            f"trained for {origin.target_id} with the adapter {origin.target_adapter} merged: engines have to serve "
+            "the merged model; pass --adapter to compare with both"
+        )
+        return
+    if subject.target_directory is None or origin is None:
         yield not_applicable("no target was given, or the draft does not say which it was trained for")
         return
-    found = digest_checkpoint(subject.target_directory)
-    if found != subject.origin.target_digest:
-        yield note(f"trained for a target of digest {subject.origin.target_digest}, this one's is {found}")
+    found = digest_merged(digest_checkpoint(subject.target_directory), None if adapter is None else adapter.digest())
+    if found != origin.target_digest:
+        yield note(f"trained for a target of digest {origin.target_digest}, this one's is {found}")

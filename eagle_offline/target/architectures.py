@@ -39,6 +39,9 @@ def auto_class(config: Any, trust_remote_code: bool = False) -> Any:
     kind = (config.architectures or [type(config).__name__])[0]
     if config.is_encoder_decoder:
         raise MismatchError(f"{kind} is an encoder-decoder model; a draft needs a decoder-only target")
+    masked = transformers.AutoModelForMaskedLM._model_mapping
+    if type(config) in masked and getattr(masked[type(config)], "__name__", None) == kind:
+        raise MismatchError(f"{kind} is an encoder model; a draft needs a decoder-only target")
     if trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return transformers.AutoModelForCausalLM
     for auto in (

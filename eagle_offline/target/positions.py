@@ -62,6 +62,22 @@ def position_limits(model: nn.Module) -> PositionLimits:
     return PositionLimits()
 
 
+def rotary_reach(text_config: Any) -> int | None:
+    """Return how many rotary positions a target was made for; None without such positions, or without a bound.
+
+    Those with scaled frequencies reach as far as their factor takes the original length, where they name it.
+    """
+    named = getattr(text_config, "max_position_embeddings", None)
+    ropes = list(_rope_settings(getattr(text_config, "rope_parameters", None)))
+    if not isinstance(named, int) or not ropes or getattr(text_config, "alibi", False):
+        return None
+    scaled = [
+        int(float(rope.get("factor") or 1.0) * int(rope.get("original_max_position_embeddings") or named))
+        for rope in ropes
+    ]
+    return max(named, *scaled)
+
+
 def _has_position_table(model: nn.Module, trained: int) -> bool:
     """Return whether positions are looked up: learned ones, or GPT-J's fixed ones."""
     words = input_embeddings(model)

@@ -30,7 +30,7 @@ ROLES = {
     "observation": "tool",
     "ipython": "tool",
 }
-CONVERSATION_KEYS = ("messages", "conversations")
+CONVERSATION_KEYS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 PROMPT_KEYS = ("prompt", "instruction", "question", "query")
 CONTEXT_KEYS = ("input", "context")
 RESPONSE_KEYS = ("response", "output", "answer", "completion")
@@ -72,11 +72,13 @@ class Message:
         role: `system`, `developer`, `user`, `assistant` or `tool`.
         content: The text; may be empty for an assistant that only reasons or calls tools.
         extra: Further fields of the turn for the template: `reasoning_content`, `thinking`, `tool_calls`, `name`, …
+        supervised: Whether the turn is to be learned, should it be the assistant's; a `weight` of 0 says no.
     """
 
     role: str
     content: str
     extra: Mapping[str, Any] = field(default_factory=dict)
+    supervised: bool = True
 
     def as_template_input(self) -> dict[str, Any]:
         """Return the turn as chat templates read it."""
@@ -86,11 +88,14 @@ class Message:
 def parse_conversation(value: Mapping[str, Any]) -> tuple[Message, ...]:
     """Return the turns of a row. A row-level `system` string becomes the first turn unless there is one already.
 
-    Without `messages` or `conversations` a row is a prompt and its response, each a text or (TRL) a list of messages;
-    an `input` beside an `instruction` (Alpaca) follows it after a blank line, and `history` pairs come before.
+    The list may be given as its JSON text. An assistant turn with a `weight` of 0 is not supervised (OpenAI).
 
-    >>> parse_conversation({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]})
-    (Message(role='user', content='Hi', extra={}), Message(role='assistant', content='Yes?', extra={}))
+    Without such a list a row is a prompt and its response, each a text or (TRL) a list of messages, in which the
+    prompt's turns are not supervised; an `input` beside an `instruction` (Alpaca) follows it after a blank line, and
+    `history` pairs come before.
+
+    >>> parse_conversation({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}]})[1]
+    Message(role='assistant', content='Yes?', extra={}, supervised=True)
 
     Raises:
         RowProblem: `no-conversation`, `ambiguous-row`, `conversation-not-a-list`, `empty-conversation`,
@@ -164,11 +169,19 @@ def _find_turns(value: Mapping[str, Any]) -> list[Any]:
     key = next((key for key in CONVERSATION_KEYS if value.get(key) is not None), None)
     if key is None:
         return _pair_turns(value)
-    turns = value[key]
+    turns = _from_json(value[key])
     if not isinstance(turns, list):
         raise RowProblem("conversation-not-a-list", f"`{key}` is {kind_of(turns)}; expected a list of turns")
     if not turns:
         raise RowProblem("empty-conversation", f"`{key}` is an empty list; expected turns")
+    return turns
+
+
+def _from_json(turns: Any) -> Any:
+    """Return a list that is given as JSON text, as tables without nested columns have it; all else as it is."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(turns)
     return turns
 
 
@@ -186,7 +199,7 @@ def _pair_turns(value: Mapping[str, Any]) -> list[Any]:
         if not isinstance(prompt, str) or not isinstance(context, str):
             raise RowProblem("ambiguous-row", "beside the prompt there is an input, and they are not both text")
         prompt = f"{prompt}\n\n{context}"
-    return [*_history_turns(value), *_as_turns("user", prompt), *_as_turns("assistant", response)]
+    return [*_history_turns(value), *_unsupervised(_as_turns("user", prompt)), *_as_turns("assistant", response)]
 
 
 def _only(value: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
@@ -203,6 +216,10 @@ def _as_turns(role: str, said: Any) -> list[Any]:
     if isinstance(said, list):
         return said
     return [said] if isinstance(said, Mapping) else [{"role": role, "content": "" if said is None else said}]
+
+
+def _unsupervised(turns: list[Any]) -> list[Any]:
+    return [{**turn, "weight": 0} if isinstance(turn, Mapping) else turn for turn in turns]
 
 
 def _history_turns(value: Mapping[str, Any]) -> list[Any]:
@@ -224,12 +241,13 @@ def _parse_turn(turn: Any, number: int) -> Message:
         known = "system, user, assistant, tool or a ShareGPT name of them"
         raise RowProblem("unknown-role", f"turn {number}: the role is {shown}; expected {known}")
     extra = {key: item for key, item in turn.items() if key not in _TURN_KEYS and item is not None}
+    supervised = extra.pop("weight", 1) != 0
     content = turn.get("content") if turn.get("content") is not None else turn.get("value")
     speaks_otherwise = role == "assistant" and any(extra.get(key) for key in (*REASONING_KEYS, "tool_calls"))
     text = "" if content is None and speaks_otherwise else _parse_content(content, number)
     if role == "assistant" and not text.strip() and not speaks_otherwise:
         raise RowProblem("empty-assistant-turn", f"turn {number}: the assistant says nothing; expected text")
-    return Message(role, text, extra)
+    return Message(role, text, extra, supervised or role != "assistant")
 
 
 def _parse_content(content: Any, number: int) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from eagle_offline.errors import DataError, UsageError
 from eagle_offline.text.hub import is_hub_id
-from eagle_offline.text.rows import DATA_SUFFIXES, Source
+from eagle_offline.text.rows import Source, data_suffix
 
 # The shortest name whose rest is a split; a slice has a colon too.
 _OWN_SPLIT = re.compile(r"(?P<name>.+?):(?P<split>[\w.-]+|[\w.-]*\[[^\[\]]*\])", re.DOTALL)
@@ -62,12 +62,7 @@ def parse_input(text: str) -> InputName:
         hub_id, at, revision = name.partition("@")
         if at and os.path.exists(Path(hub_id).expanduser()):
             raise UsageError(f"{text}: a revision ({revision}) belongs to a hub dataset, {hub_id} is a local path")
-        if (
-            is_hub_id(hub_id)
-            and Path(hub_id).suffix.lower() not in DATA_SUFFIXES
-            and (revision or not at)
-            and ":" not in revision
-        ):
+        if is_hub_id(hub_id) and data_suffix(Path(hub_id)) is None and (revision or not at) and ":" not in revision:
             return InputName(hub_id, None, split, revision or None)
     raise DataError(f"{text}: no such file or directory; {_EXPECTED}")
 

@@ -5,7 +5,7 @@ Depends on the row, the tokenizer with its template and the length alone, so tha
 
 from __future__ import annotations
 
-from eagle_offline.errors import DataError, one_line
+from eagle_offline.errors import one_line
 from eagle_offline.text.conversations import RowProblem, parse_conversation, parse_template_arguments, parse_tools
 from eagle_offline.text.rows import Row
 from eagle_offline.text.templates import ChatTemplate, Encoded
@@ -14,12 +14,13 @@ from eagle_offline.text.tokenised_rows import is_tokenised, parse_tokens
 
 Outcome = EncodedRow | LeftOutRow
 
+DETAIL_CHARACTERS = 500  # room for two excerpts of a rendering and the way out
+
 
 def encode_row(row: Row, template: ChatTemplate, seq_length: int) -> Outcome:
     """Return the first `seq_length` tokens of a row, or why it is left out.
 
     Raises:
-        DataError: The template cannot say which tokens are the assistant's.
         MismatchError: The row is a conversation, and there is no template.
     """
     file = row.source.name
@@ -28,9 +29,7 @@ def encode_row(row: Row, template: ChatTemplate, seq_length: int) -> Outcome:
     try:
         encoded = _encoded(row.value, template)
     except RowProblem as problem:
-        return LeftOutRow(file, row.row_number, problem.reason_code, one_line(problem.detail))
-    except DataError as error:
-        raise DataError(f"{row.source.path or file} row {row.row_number}: {error}") from error
+        return LeftOutRow(file, row.row_number, problem.reason_code, one_line(problem.detail, DETAIL_CHARACTERS))
     input_ids, loss_mask = encoded.input_ids[:seq_length], encoded.loss_mask[:seq_length]
     # Nothing comes before the first token that it could be predicted from.
     if not loss_mask[1:].any():
@@ -38,7 +37,7 @@ def encode_row(row: Row, template: ChatTemplate, seq_length: int) -> Outcome:
             detail = f"the first {seq_length} of {len(encoded.input_ids)} tokens hold none of the assistant's"
             return LeftOutRow(file, row.row_number, "supervision-truncated", detail)
         return LeftOutRow(file, row.row_number, "no-supervised-token", "no token behind the first is the assistant's")
-    return EncodedRow(input_ids, loss_mask, row.row_number, len(input_ids) < len(encoded.input_ids))
+    return EncodedRow(input_ids, loss_mask, row.row_number, len(input_ids) < len(encoded.input_ids), encoded.notes)
 
 
 def _encoded(value: dict, template: ChatTemplate) -> Encoded:

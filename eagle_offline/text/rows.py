@@ -1,16 +1,20 @@
-"""Reads the rows of a source: JSON lines, a JSON list or Parquet on this machine, or a split of a hub dataset.
+"""Reads the rows of a source: JSON lines, a JSON list (either plain or gzip) or Parquet on this machine, or a split of
+a hub dataset.
 
 A row is whatever JSON object stands there; what a conversation is, and which rows are usable, is not known here.
 """
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +23,7 @@ from eagle_offline.errors import DataError, one_line
 from eagle_offline.text.hub import load_split
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GZIP_SUFFIX, GZIP_MAGIC = ".gz", b"\x1f\x8b"
 PARQUET_BATCH_ROWS = 256  # bounds memory: at most this many rows of a Parquet file are held
 
 
@@ -87,9 +92,10 @@ def count_rows(source: Source, path: Path, at_most: int | None = None) -> int:
     Raises:
         DataError: As `iter_rows`.
     """
-    if path.suffix.lower() == ".parquet":
+    suffix = data_suffix(path)
+    if suffix == ".parquet":
         return _open_parquet(path).metadata.num_rows
-    if path.suffix.lower() == ".jsonl":
+    if suffix is not None and suffix.startswith(".jsonl"):
         return sum(1 for _ in itertools.islice(_iter_lines(path), at_most))
     return sum(1 for _ in itertools.islice(_iter_json(source, path), at_most))
 
@@ -102,7 +108,7 @@ def _iter_hub(source: Source) -> Iterator[Row]:
 
 def _iter_file(source: Source, path: Path) -> Iterator[Row]:
     try:
-        yield from _READERS[path.suffix.lower()](source, path)
+        yield from _READERS[data_suffix(path) or ""](source, path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({one_line(error.strerror or error)})") from error
 
@@ -113,9 +119,30 @@ def _row_of(source: Source, row_number: int, value: Any) -> Row:
     return Row(source, row_number, None, f"a JSON {type(value).__name__}, expected an object", "not-an-object")
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
+    """Open a file for its bytes, those within if its name ends in `.gz`.
+
+    Raises:
+        DataError: Damaged gzip, also while the bytes are read; or gzip under another name.
+    """
+    if path.suffix.lower() == GZIP_SUFFIX:
+        try:
+            with gzip.open(path) as file:
+                yield file
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: not readable as gzip ({one_line(error)}); expected what `gzip` writes") from error
+        return
+    with open(path, "rb") as file:
+        if file.read(len(GZIP_MAGIC)) == GZIP_MAGIC:
+            raise DataError(f"{path}: compressed with gzip; rename it to {path.name}{GZIP_SUFFIX}, or decompress it")
+        file.seek(0)
+        yield file
+
+
 def _iter_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (1-based line number, bytes) of every line that is not blank; no byte order mark, no line end."""
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         for line_number, line in enumerate(file, start=1):
             text = line.removeprefix(BYTE_ORDER_MARK) if line_number == 1 else line
             if text := text.rstrip():
@@ -142,7 +169,8 @@ def _iter_json(source: Source, path: Path) -> Iterator[Row]:
     if _begins_with_object_line(path):
         yield from _iter_jsonl(source, path)
         return
-    content = path.read_bytes().removeprefix(BYTE_ORDER_MARK)
+    with _opened(path) as file:
+        content = file.read().removeprefix(BYTE_ORDER_MARK)
     try:
         value = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -197,5 +225,17 @@ _READERS: dict[str, Callable[[Source, Path], Iterator[Row]]] = {
     ".jsonl": _iter_jsonl,
     ".json": _iter_json,
     ".parquet": _iter_parquet,
+    ".jsonl.gz": _iter_jsonl,
+    ".json.gz": _iter_json,
 }
 DATA_SUFFIXES = tuple(_READERS)
+
+
+def data_suffix(path: Path) -> str | None:
+    """Return which of `DATA_SUFFIXES` the name of a file ends with, None if it is no data.
+
+    >>> data_suffix(Path("chat.v2.JSONL.gz"))
+    '.jsonl.gz'
+    """
+    name = path.name.lower()
+    return next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix) and name != suffix), None)

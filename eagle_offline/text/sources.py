@@ -17,10 +17,11 @@ from eagle_offline.errors import DataError, UsageError, one_line
 from eagle_offline.provenance import digest_file
 from eagle_offline.text.hub import identify, load_split
 from eagle_offline.text.input_names import listed_inputs, named_apart, parse_input
-from eagle_offline.text.rows import DATA_SUFFIXES, Source, count_rows
+from eagle_offline.text.rows import DATA_SUFFIXES, Source, count_rows, data_suffix
 from eagle_offline.text.token_table import SourceRecord
 
 _SPLIT = re.compile(r"(?P<name>[\w.-]*)(?P<slice>\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+_USUAL_SPLIT = re.compile(r"(train|test|valid|val|dev|eval)(?:idation|ing)?(?:[_-].*)?", re.IGNORECASE)
 _SHARD_SUFFIX = re.compile(r"-\d+-of-\d+$")  # how hub exports number the files of one split
 
 
@@ -60,6 +61,18 @@ def resolve_sources(
             sources += _describe_local(given.path, wanted, digest)
     _refuse_rows_twice(sources)
     return named_apart(sources)
+
+
+def splits_read_together(input_data: str | Sequence[str], split: str | None) -> list[str]:
+    """Return the splits, by the usual names, that one directory is read with because none of them is asked for."""
+    for given in map(parse_input, listed_inputs(input_data)):
+        if given.path is None or given.split or split or not given.path.is_dir():
+            continue
+        names = {name for file in _list_files(given.path) for name in _split_names(given.path, file)}
+        usual = {match[0]: match[1].lower() for match in map(_USUAL_SPLIT.fullmatch, names) if match}
+        if len(set(usual.values())) > 1:
+            return sorted(usual)
+    return []
 
 
 def pinned_inputs(input_data: str | Sequence[str], sources: Sequence[Source | SourceRecord]) -> tuple[str, ...]:
@@ -119,13 +132,13 @@ def _stop(source: Source) -> float:
 def _list_files(path: Path) -> list[Path]:
     """List the data files at `path`, sorted; names that begin with a dot or an underscore are not data."""
     if path.is_file():
-        if path.suffix.lower() not in DATA_SUFFIXES:
+        if data_suffix(path) is None:
             raise UsageError(f"{path}: a file of kind '{path.suffix}'; expected one of {', '.join(DATA_SUFFIXES)}")
         return [path]
     files = sorted(
         file
         for file in path.rglob("*")
-        if file.suffix.lower() in DATA_SUFFIXES
+        if data_suffix(file) is not None
         and file.is_file()
         and not any(part.startswith((".", "_")) for part in file.relative_to(path).parts)
     )
@@ -158,7 +171,7 @@ def _select_split(root: Path, files: Sequence[Path], name: str) -> list[Path]:
 def _split_names(root: Path, file: Path) -> list[str]:
     """Return the split names that `file` answers to: its stem without a shard number, its directories below `root`."""
     directories = file.relative_to(root).parts[:-1] if file != root else ()
-    return [_SHARD_SUFFIX.sub("", file.stem), *directories]
+    return [_SHARD_SUFFIX.sub("", file.name[: -len(data_suffix(file) or "")]), *directories]
 
 
 def _describe_file(root: Path, file: Path, split: str | None, digest: Callable[[Path], str]) -> Source:

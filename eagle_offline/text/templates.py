@@ -20,14 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eagle_offline.errors import DataError, MismatchError, UsageError, one_line
+from eagle_offline.errors import MismatchError, UsageError, one_line
 from eagle_offline.provenance import digest_json
-from eagle_offline.text.assistant_spans import Messages, Span, SpanFinder
+from eagle_offline.text.assistant_spans import TEMPLATE_DISAGREES, SpanFinder
 from eagle_offline.text.conversations import REASONING_KEYS, Message, RowProblem
+from eagle_offline.text.marked_rendering import Messages, Span
+from eagle_offline.text.turn_choice import choose_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+EDGE_IN_TOKEN = "turn-edge-in-token"  # why a row has no mask where the tokenizer has no offsets
 EXCERPT_CHARACTERS = 24
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -48,10 +51,12 @@ class Encoded:
     Attributes:
         input_ids: int32 [T].
         loss_mask: uint8 [T], 1 where the assistant produced the token, its end-of-turn token included.
+        notes: What a reader should know of a row that is taken nevertheless; see `turn_choice`.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
+    notes: tuple[str, ...] = ()
 
 
 class ChatTemplate:
@@ -86,26 +91,28 @@ class ChatTemplate:
             arguments: Further variables of the template, such as `enable_thinking`.
 
         Raises:
-            RowProblem: `template-refused` (the template raises on this conversation) or `invalid-text`.
-            DataError: The template has no tags and its prefixes disagree with the whole rendering.
+            RowProblem: `template-refused` (the template raises on this conversation), `template-disagrees` (it has no
+                tags, and its rendering does not say what the assistant produced), `turn-edge-in-token`, `invalid-text`
+                or what `choose_turns` says.
             UsageError: The template is not valid Jinja.
             MismatchError: There is no template.
         """
         messages = [_template_input(message) for message in conversation]
         try:
             text, spans = self._rendered(messages, tools, arguments or {})
-        except RowProblem:
+        except RowProblem as problem:
             # Most templates write the arguments of a tool call as JSON, some take them as text.
             as_text = [message.as_template_input() for message in conversation]
-            if messages == as_text:
+            if messages == as_text or problem.reason_code == TEMPLATE_DISAGREES:
                 raise
             text, spans = self._rendered(as_text, tools, arguments or {})
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RowProblem("invalid-text", f"half a surrogate pair ({text[error.start]!r}); expected text") from error
+        spans, notes = choose_turns(conversation, text, spans, self._end_markers)
         if not self.tokenizer.is_fast:
-            return self._encode_by_prefixes(text, spans)
+            return self._encode_by_prefixes(text, spans, notes)
         encoding = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
@@ -114,7 +121,7 @@ class ChatTemplate:
         loss_mask = np.zeros(len(input_ids), dtype=np.uint8)
         for start, end in spans:
             loss_mask[(begins >= start) & (begins < end)] = 1
-        return Encoded(input_ids, loss_mask)
+        return Encoded(input_ids, loss_mask, notes)
 
     def encode_prompt(self, conversation: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Return the token ids of a conversation up to where the assistant begins to speak.
@@ -218,26 +225,27 @@ class ChatTemplate:
         processor = json.loads(self.tokenizer.backend_tokenizer.to_str()).get("post_processor") or {}
         return any(part.get("trim_offsets") for part in processor.get("processors", [processor]))
 
-    def _encode_by_prefixes(self, text: str, spans: list[Span]) -> Encoded:
+    def _encode_by_prefixes(self, text: str, spans: list[Span], notes: tuple[str, ...]) -> Encoded:
         """Encode without offsets: tokenize the text up to each boundary and check that the whole agrees.
 
         Raises:
-            DataError: A token straddles a boundary, so that the mask cannot be known.
+            RowProblem: `turn-edge-in-token`: a token straddles a boundary, so that the mask cannot be known.
         """
         input_ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         loss_mask = np.zeros(len(input_ids), dtype=np.uint8)
         for span in spans:
             first, last = (self._tokens_before(text, boundary, input_ids) for boundary in span)
             loss_mask[first:last] = 1
-        return Encoded(np.asarray(input_ids, dtype=np.int32), loss_mask)
+        return Encoded(np.asarray(input_ids, dtype=np.int32), loss_mask, notes)
 
     def _tokens_before(self, text: str, boundary: int, input_ids: list[int]) -> int:
         prefix_ids = self.tokenizer(text[:boundary], add_special_tokens=False, verbose=False)["input_ids"]
         if prefix_ids != input_ids[: len(prefix_ids)]:
             around = text[max(0, boundary - EXCERPT_CHARACTERS) : boundary + EXCERPT_CHARACTERS]
-            raise DataError(
+            raise RowProblem(
+                EDGE_IN_TOKEN,
                 f"slow tokenizer {type(self.tokenizer).__name__}: a token straddles the edge of an assistant turn near "
-                f"{around!r}; use a fast tokenizer, which has offsets"
+                f"{around!r}; use a fast tokenizer, which has offsets",
             )
         return len(prefix_ids)
 

@@ -49,7 +49,7 @@ LOCK_FILE = "tokens.lock"
 LOCK_POLL_SECONDS = 0.2
 
 # Part of every key: counted up when the same rows, tokenizer and settings come to give another table.
-ENCODING_RULES = 2
+ENCODING_RULES = 3
 
 Report = Callable[[TokenProgress], None]
 
@@ -83,7 +83,8 @@ def build_token_table(
     """Tokenize every row into `directory` and open the table; memory stays at a few hundred rows.
 
     Raises:
-        DataError: No usable row; a bad row under `on_bad_row="stop"`; input that cannot be read or that changed.
+        DataError: No usable row; a template at fault, see `template_problem`; a bad row under `on_bad_row="stop"`;
+            input that cannot be read or that changed.
         UsageError: Settings that cannot be meant.
         EagleOfflineError: A directory that cannot be written, or a process that was lost.
         MismatchError: A conversation, and the tokenizer has no chat template.
@@ -274,6 +275,7 @@ def _describe(plan: _Plan, writer: TokenWriter, directory: Path) -> TokenTableMe
         truncated_rows=writer.truncated_rows,
         num_quarantined=writer.reasons.total(),
         reasons=dict(sorted(writer.reasons.items())),
+        notes=dict(sorted(writer.notes.items())),
         rows_digest=writer.rows_digest(),
         rows_per_batch=ROWS_PER_BATCH,
         files=files,

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from eagle_offline.errors import DataError, one_line
 from eagle_offline.provenance import digest_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TOKENS_FILE = "tokens.arrow"
 QUARANTINE_FILE = "quarantine.jsonl"
 META_FILE = "tokens.json"
@@ -54,7 +54,10 @@ class FileRecord(BaseModel, frozen=True, extra="forbid"):
 
 
 class TokenTableMeta(BaseModel, frozen=True, extra="forbid"):
-    """`tokens.json`. `key` digests all that shapes the table; `rows_digest` covers (length, ids, mask) of every row."""
+    """`tokens.json`. `key` digests all that shapes the table; `rows_digest` covers (length, ids, mask) of every row.
+
+    `reasons` counts the rows left out; `notes` counts rows that are in the table, of which something is not rendered.
+    """
 
     format_version: int
     key: str
@@ -71,6 +74,7 @@ class TokenTableMeta(BaseModel, frozen=True, extra="forbid"):
     truncated_rows: int
     num_quarantined: int
     reasons: dict[str, int]
+    notes: dict[str, int]
     rows_digest: str
     rows_per_batch: int
     files: dict[str, FileRecord]

@@ -14,10 +14,7 @@ from eagle_offline.draft.from_target import draft_config, initial_draft, read_ta
 from eagle_offline.draft.warm_start import DraftWeights, warm_start
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.draft_choice import choose_aux_layers, choose_vocabulary
-from eagle_offline.vocab import DraftVocab
-
-# A draft vocabulary that covers less of what the assistant says deserves a word.
-_LOW_COVERAGE = 0.9
+from eagle_offline.vocab import LOW_COVERAGE, DraftVocab
 
 
 @dataclass(frozen=True)
@@ -37,10 +34,10 @@ class DraftChoice:
     def describe(self, *, chosen: bool) -> str | None:
         """Return a line for the log where the vocabulary was ``chosen`` by the user, or covers too little."""
         vocabulary = self.vocabulary
-        if not chosen and vocabulary.coverage >= _LOW_COVERAGE:
+        if not chosen and vocabulary.coverage >= LOW_COVERAGE:
             return None
         line = f"draft vocabulary of {vocabulary.size} tokens, {vocabulary.coverage:.2%} of the supervised ones"
-        if vocabulary.coverage < _LOW_COVERAGE:
+        if vocabulary.coverage < LOW_COVERAGE:
             line += ": WARNING: the others are lost for acceptance; a larger --draft-vocab-size covers more"
         return line
 
@@ -81,8 +78,13 @@ def start_draft(
     Raises:
         UsageError: sizes that make no model. MismatchError: ``source`` is of another kind.
     """
+    target = cache.manifest.identity.target
     config = draft_config(
-        read_target_config(cache.path / "target" / "config.json"),
+        {
+            **read_target_config(cache.path / "target" / "config.json"),
+            "hidden_size": target.hidden_size,
+            "vocab_size": target.vocab_size,
+        },
         draft_vocab_size=choice.vocabulary.size,
         num_aux_hidden_states=len(choice.aux_layers),
         num_layers=settings.num_draft_layers,

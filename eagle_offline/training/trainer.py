@@ -17,7 +17,7 @@ from eagle_offline.cache.reader import Cache
 from eagle_offline.devices import resolve_device
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.draft.from_target import embeddings_differ
-from eagle_offline.draft.origin import DraftOrigin
+from eagle_offline.draft.origin import DraftOrigin, MergedAdapter
 from eagle_offline.draft.warm_start import DraftWeights
 from eagle_offline.errors import EagleOfflineError
 from eagle_offline.objectives.plan import moved
@@ -250,10 +250,12 @@ class Trainer:
         """Return what the draft at hand was trained for and from."""
         manifest, settings = self.corpus.cache.manifest, self.settings
         identity, vocabulary = manifest.identity, self.choice.vocabulary
+        adapter = identity.target.adapter
         return DraftOrigin(
             target_id=identity.target.id,
             target_revision=identity.target.revision,
             target_digest=identity.target.digest,
+            target_adapter=None if adapter is None else MergedAdapter(**adapter.model_dump()),
             target_architecture=identity.target.architecture,
             target_num_layers=identity.target.num_layers,
             target_hidden_size=identity.target.hidden_size,

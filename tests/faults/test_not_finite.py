@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def test_nothing_that_is_not_finite_is_ever_stored(tmp_path: Path, encoding: str
         assert dropped.code == 0, dropped.err
         lost = [sample for record in builders.record_contents(cache).values() for sample in record["lost"]]
         assert lost == [{"sample_id": POISONED, "reason": "non-finite states"}]
+        assert "warning: 1 of 6 samples are not in the cache (1 non-finite states): see eagle-offline" in dropped.err
+        assert json.loads(dropped.out)["samples_lost"] == {"non-finite states": 1}
         assert status(cache)["state"] == "done"
     opened = open_cache(cache)
     assert len(opened) == (6 if stopped.code == 0 else 5)

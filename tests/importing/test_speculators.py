@@ -105,7 +105,7 @@ def test_no_decoder_layer_of_the_target_is_read(tmp_path: Path) -> None:
     kept = {name: tensor for name, tensor in tensors.items() if ".layers." not in name}
     assert len(kept) < len(tensors)
     save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
-    ended = run_import(dump(), tmp_path / "cache", target, **FLAGS)
+    ended = run_import(dump(), tmp_path / "cache", target, **FLAGS, check_samples=0)
     assert ended.code == 0, ended.err
     assert_same_samples(tmp_path / "cache", imported(tmp_path / "other"))
 
@@ -234,10 +234,19 @@ def test_loss_masks_beside_the_dump_are_compared(tmp_path: Path, states: Path) -
 def test_loss_masks_of_other_rows_are_refused(tmp_path: Path, states: Path) -> None:
     data = write_loss_masks(tmp_path / "prepared", rows()[::-1])
     ended = run_import(states, tmp_path / "cache", **FLAGS, loss_masks=data)
-    assert_refused(ended, 4, "10 of 10 samples with other tokens than --loss-masks (first: hs_0.safetensors)")
+    assert_refused(
+        ended,
+        4,
+        "10 of 10 samples with other tokens than --loss-masks has in the row of their number (first: hs_0.safetensors)",
+        "leave them the numbers they were dumped with",
+    )
     short = write_loss_masks(tmp_path / "short", rows()[:6])
     ended = run_import(states, tmp_path / "cache", **FLAGS, loss_masks=short)
-    assert_refused(ended, 3, "4 of 10 samples with other tokens than --loss-masks (first: hs_6.safetensors)")
+    assert_refused(
+        ended,
+        3,
+        "4 of 10 samples with other tokens than --loss-masks has in the row of their number (first: hs_6.safetensors)",
+    )
 
 
 SPOILED_MASKS: dict[str, tuple[dict[str, list[Any]], str]] = {
@@ -420,7 +429,10 @@ def test_directories_that_hold_no_dump_cost_one_line(tmp_path: Path) -> None:
     assert_refused(run_import(tmp_path / "nothing", tmp_path / "c", **FLAGS), 2, "holds no states")
     assert_refused(run_import(tmp_path / "pickles", tmp_path / "c", **FLAGS), 2, "data_0.ckpt is a pickle")
     assert_refused(run_import(tmp_path / "nowhere", tmp_path / "c", **FLAGS), 2, "No such file")
-    assert_refused(run_import(tmp_path / "nothing", tmp_path / "c", **FLAGS, tool="nemo"), 4, "manifest.json: missing")
+    assert_refused(run_import(tmp_path / "nothing", tmp_path / "c", **FLAGS, tool="nemo"), 2, "holds no states")
+    assert_refused(run_import(dump(), tmp_path / "c", **FLAGS, tool="nemo"), 2, "--from nemo", "a dump of speculators")
+    (tmp_path / "nothing" / "shard-000000.safetensors").write_bytes(b"")
+    assert_refused(run_import(tmp_path / "nothing", tmp_path / "c", **FLAGS), 2, "without their manifest.json")
     assert_refused(run_import(tmp_path / "pickles", tmp_path / "c", **FLAGS, tool="speculators"), 2, "is a pickle")
 
 
@@ -444,7 +456,58 @@ def test_layers_that_are_one_off_do_not_pass_a_trial(tmp_path: Path) -> None:
     ended = run_import(dump(), tmp_path / "cache", **flags, check_samples=2)
     assert_refused(ended, 3, "its states of layer 2 are those of layer 1", "vLLM's numbers less one")
     assert not (tmp_path / "cache" / "manifest.json").exists()
-    assert run_import(dump(), tmp_path / "other", **flags).code == 0  # only a trial shows it
+    ended = run_import(dump(), tmp_path / "cache", **flags)
+    assert_refused(ended, 3, "its states of layer 2 are those of layer 1")  # unasked, as well
+    ended = run_import(dump(), tmp_path / "other", **flags, check_samples=0)
+    assert ended.code == 0, ended.err
+    assert "with --check-samples 0 nothing shows whether" in ended.err
+    assert "of the layers 2 4 5" in ended.err
+
+
+def test_an_import_that_goes_on_is_not_checked_again(tmp_path: Path) -> None:
+    assert "checked 1 row against the target" in run_import(dump(), tmp_path / "cache", **FLAGS).err
+    ended = run_import(dump(), tmp_path / "cache", **FLAGS, resume=True)
+    assert ended.code == 0, ended.err
+    assert "checked" not in ended.err
+
+
+def test_samples_of_the_same_tokens_and_other_states_are_refused_or_left_out(tmp_path: Path, states: Path) -> None:
+    tensors = dict(load_file(states / "hs_3.safetensors"))
+    shutil.copy(states / "hs_3.safetensors", states / "hs_77.safetensors")
+    expected = imported(tmp_path / "plain")
+    cache = imported(tmp_path / "equal", states)
+    assert_same_samples(cache, expected)
+
+    # computed twice in bf16: the same but for rounding
+    tensors["hidden_states"] = tensors["hidden_states"].bfloat16().float()
+    save_file(tensors, states / "hs_77.safetensors")
+    ended = run_import(states, tmp_path / "rounded", **FLAGS)
+    assert ended.code == 0, ended.err
+    assert "samples of the dump that have the same tokens as another: 1" in ended.err
+    assert_same_samples(tmp_path / "rounded", expected)
+
+    tensors["hidden_states"] = tensors["hidden_states"].clone()
+    tensors["hidden_states"][:, 1] *= -1
+    save_file(tensors, states / "hs_77.safetensors")
+    ended = run_import(states, tmp_path / "refused", **FLAGS)
+    assert_refused(ended, 3, "hs_3.safetensors and hs_77.safetensors have the same tokens and other states")
+    assert not (tmp_path / "refused" / "manifest.json").exists()
+    cache = imported(tmp_path / "dropped", states, on_mismatch="drop")
+    assert sorted(open_cache(cache).sample_ids) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    (lost,) = [item for record in builders.record_contents(cache).values() for item in record["lost"]]
+    assert lost["reason"] == "several states of the same tokens in the dump, which contradict each other"
+
+
+def test_a_file_that_cannot_be_read_names_the_way_out_which_works(tmp_path: Path, states: Path) -> None:
+    (states / "hs_3.safetensors").write_bytes(b"\0" * 5)
+    ended = run_import(states, tmp_path / "cache", **FLAGS, on_mismatch="drop")
+    assert_refused(ended, 4, "hs_3.safetensors", "delete it and leave its row out with --on-mismatch drop")
+    (states / "hs_3.safetensors").unlink()
+    (states / "hs_3.pt").write_bytes(b"\x80\x04.")
+    ended = run_import(states, tmp_path / "cache", **FLAGS, on_mismatch="drop")
+    assert ended.code == 0, ended.err
+    assert "pickles are not read: 1 (first: hs_3.pt)" in ended.err
+    assert 3 not in open_cache(tmp_path / "cache").sample_ids
 
 
 @pytest.mark.parametrize("layer", [0, 7])

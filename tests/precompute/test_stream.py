@@ -334,3 +334,25 @@ def test_memory_does_not_grow_with_the_shard(tmp_path: Path) -> None:
     # A shard of all samples takes 200 MB: three or four layers of 1,024 halves for each of 25,600 tokens.
     assert sum(path.stat().st_size for path in (tmp_path / "c64").glob("shard-*")) > 180e6
     assert large < small + 60
+
+
+def test_a_cache_in_which_nothing_is_left_is_an_error(tmp_path: Path, chat: Path) -> None:
+    model = builders.make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "target")
+    builders.make_tokenizer().save_pretrained(tmp_path / "target")
+    ended = builders.precompute(tmp_path / "c", tmp_path / "target", chat, on_nonfinite="drop")
+    assert ended.code == 1
+    assert "10 of 10 samples are not in the cache (10 non-finite states): nothing can be trained" in ended.errors[-1]
+
+
+def test_a_vocabulary_of_which_the_assistant_says_nothing_is_refused(tmp_path: Path, target: Path, chat: Path) -> None:
+    (tmp_path / "ids.txt").write_text("256\n257\n")
+    ended = builders.precompute(tmp_path / "c", target, chat, draft_vocab=tmp_path / "ids.txt", draft_vocab_size=None)
+    assert ended.code == 2
+    assert "holds none of the tokens that the corpus's assistant says" in ended.errors[-1]
+    (tmp_path / "few.txt").write_text("64\n65\n")
+    ended = builders.precompute(tmp_path / "d", target, chat, draft_vocab=tmp_path / "few.txt", draft_vocab_size=None)
+    assert ended.code == 0, ended.err
+    assert "warning: the others are lost for acceptance" in ended.err

@@ -66,15 +66,17 @@ class Architecture:
     slow: bool = True
     oracle_attention: str = "eager"
 
-    def make(self) -> Any:
-        """A random model in float32, everything one-dimensional moved off its default so that forgetting it shows."""
+    def config(self) -> Any:
         fields = {name: value for name, value in {**SIZES, **self.changes}.items() if name not in self.drop}
         config_class = getattr(transformers, f"{self.kind}Config")
         if self.vision is None:
-            config = config_class(**fields)
-        else:
-            whole = {name: fields.pop(name) for name in ("tie_word_embeddings",) if name in fields}
-            config = config_class(text_config=fields, vision_config=self.vision, **whole)
+            return config_class(**fields)
+        whole = {name: fields.pop(name) for name in ("tie_word_embeddings",) if name in fields}
+        return config_class(text_config=fields, vision_config=self.vision, **whole)
+
+    def make(self) -> Any:
+        """A random model in float32, everything one-dimensional moved off its default so that forgetting it shows."""
+        config = self.config()
         torch.manual_seed(0)
         model = getattr(transformers, self.model or f"{self.kind}ForCausalLM")(config).eval()
         with torch.no_grad():

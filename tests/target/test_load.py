@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from eagle_offline.errors import DataError, EagleOfflineError, MismatchError, UsageError
 from eagle_offline.target.hooks import HFEagle3TargetModel
 from eagle_offline.target.load import load_config, load_model, resolve_target
-from eagle_offline.target.positions import PositionLimits
+from eagle_offline.target.positions import PositionLimits, rotary_reach
 from tests import builders
 from tests.target.architectures import ARCHITECTURES, LONGROPE, REFUSED
 
@@ -258,3 +259,36 @@ def test_a_weight_that_is_missing_is_named(tmp_path: Path) -> None:
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"1 weights are missing.*model\.norm\.weight"):
         load_model(resolve_target(str(directory)), "cpu", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 64),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, 256),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+             "original_max_position_embeddings": 20}},
+            80,
+        ),
+    ],
+)  # fmt: skip
+def test_what_rotary_positions_were_made_for(changes: dict[str, Any], expected: int) -> None:
+    known = ARCHITECTURES["Llama"]
+    assert rotary_reach(replace(known, changes={**known.changes, **changes}).config()) == expected
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Bloom", "Falcon alibi", "Mamba"])
+def test_what_has_no_rotary_positions_has_no_reach(name: str) -> None:
+    assert rotary_reach(ARCHITECTURES[name].config()) is None
+
+
+def test_rows_beyond_the_trained_positions_are_said_once(tmp_path: Path) -> None:
+    target = builders.save_target(tmp_path / "target", max_position_embeddings=48)
+    long = builders.precompute(tmp_path / "long", target, dry_run=True)
+    assert long.code == 0, long.err
+    (line,) = [line for line in long.err.splitlines() if "positions were made for" in line]
+    assert re.search(r"rows of up to \d+ tokens, .* made for 48: .*--seq-length 48", line)
+    short = builders.precompute(tmp_path / "short", target, dry_run=True, seq_length=48)
+    assert short.code == 0, short.err
+    assert "positions were made for" not in short.err

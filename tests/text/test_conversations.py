@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -143,3 +144,14 @@ def test_pair_that_is_no_conversation_says_why(value: dict[str, Any], reason: st
         parse_conversation(value)
     assert problem.value.reason_code == reason
     assert named in problem.value.detail
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations", "conversation", "dialog", "dialogue"])
+def test_list_of_turns_has_many_names_and_may_be_json_text(key: str) -> None:
+    turns = [{"role": "user", "content": "[Hi"}, {"role": "assistant", "content": "Yes?"}]
+    expected = (Message("user", "[Hi"), Message("assistant", "Yes?"))
+    assert parse_conversation({key: turns}) == parse_conversation({key: json.dumps(turns)}) == expected
+    for text in ("[Hi", "Hi", "[" * 100_000):
+        with pytest.raises(RowProblem) as problem:
+            parse_conversation({key: text})
+        assert problem.value.reason_code == "conversation-not-a-list"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -58,3 +59,21 @@ def test_json_file_that_does_not_parse_is_named_with_line_and_column(
     with pytest.raises(DataError) as error:
         read(path)
     assert_one_line(error, str(path), where)
+
+
+def test_gzip_of_lines_and_lists_is_read_and_anything_else_is_told(tmp_path: Path) -> None:
+    rows = numbered(1, 2, 3)
+    lines, listed = "".join(json.dumps(row) + "\n" for row in rows).encode(), json.dumps(rows).encode()
+    for name, content in (("a.jsonl.gz", lines), ("b.json.gz", listed), ("c.JSON.GZ", lines)):
+        (tmp_path / name).write_bytes(gzip.compress(content))
+        assert [row.value for row in read(tmp_path / name)] == rows, name
+    for name, content, told in (
+        ("d.jsonl", gzip.compress(lines), "rename it to d.jsonl.gz"),
+        ("e.json", gzip.compress(listed), "rename it to e.json.gz"),
+        ("f.jsonl.gz", gzip.compress(lines)[:-9], "not readable as gzip"),
+        ("g.json.gz", listed, "not readable as gzip"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError) as error:
+            read(tmp_path / name)
+        assert_one_line(error, str(tmp_path / name), told)

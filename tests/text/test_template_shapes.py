@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle_offline.errors import DataError
 from eagle_offline.text.conversations import RowProblem, parse_conversation, parse_template_arguments
 from eagle_offline.text.templates import ChatTemplate
 from tests.text import template_shapes as shapes
@@ -149,6 +148,70 @@ EXPECTED: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     ),
 }
 
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+FINAL = "<|channel|>final<|message|>"
+CALL = " to=functions.add<|channel|>commentary json<|message|>"
+IN_A_ROW = {
+    "gpt-oss, two answers": (
+        shapes.GPT_OSS,
+        [user("Hi"), says("Yes?"), says("Still here.")],
+        [FINAL + "Yes?<|end|>", FINAL + "Still here.<|return|>"],
+    ),
+    "gpt-oss, three answers": (
+        shapes.GPT_OSS,
+        [user("Hi"), says("1"), says("2"), says("3"), user("So")],
+        [FINAL + "1<|end|>", FINAL + "2<|end|>", FINAL + "3<|end|>"],
+    ),
+    "gpt-oss, an answer and a call": (
+        shapes.GPT_OSS,
+        [user("2+3?"), says("Wait.", "hm"), calls('{"a": 2}'), result("5"), says("5")],
+        [FINAL + "Wait.<|end|>", CALL + '{"a": 2}<|call|>', FINAL + "5<|return|>"],
+    ),
+    "qwen3, two answers": (
+        shapes.QWEN3,
+        [user("Hi"), says("1", "one"), says("2")],
+        ["<think>\none\n</think>\n\n1<|im_end|>", "<think>\n\n</think>\n\n2<|im_end|>"],
+    ),
+}
+BEGUN = {
+    "qwen3": (
+        shapes.QWEN3,
+        [says("Hi."), user("Hi"), says("Yes?")],
+        ["Hi.<|im_end|>", EMPTY_THOUGHT + "Yes?<|im_end|>"],
+    ),
+    "qwen3, alone": (shapes.QWEN3, [says("Hi.")], [EMPTY_THOUGHT + "Hi.<|im_end|>"]),
+    "chatml": (shapes.CHATML, [says("Hi."), user("Hi"), says("Yes?")], ["Hi.<|im_end|>", "Yes?<|im_end|>"]),
+    "chatml, two": (shapes.CHATML, [says("Hi."), says("Yo."), user("Hi")], ["Hi.<|im_end|>", "Yo.<|im_end|>"]),
+    "qwen3, a call": (
+        shapes.QWEN3,
+        [calls('{"a": 2}'), result("5"), says("5")],
+        ['<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call><|im_end|>', EMPTY_THOUGHT + "5<|im_end|>"],
+    ),
+    "gpt-oss": (
+        shapes.GPT_OSS,
+        [says("Hi."), user("Hi"), says("Yes?")],
+        [FINAL + "Hi.<|end|>", FINAL + "Yes?<|return|>"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_A_ROW)
+def test_turns_of_the_assistant_in_a_row_end_as_inner_ones_do(name: str) -> None:
+    template, messages, expected = IN_A_ROW[name]
+    assert supervised(template, messages) == expected
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["plain", "tools"])
+@pytest.mark.parametrize("name", BEGUN)
+def test_conversation_that_the_assistant_begins_is_read(name: str, tools: list[dict[str, Any]] | None) -> None:
+    template, messages, expected = BEGUN[name]
+    assert supervised(template, messages, tools=tools) == expected
+
+
+def test_first_turn_without_the_reasoning_that_the_prompt_supplies_is_whole() -> None:
+    told = supervised(shapes.QWEN3, [says("Hi."), user("Hi"), says("Yes?")], enable_thinking=False)
+    assert told == ["Hi.<|im_end|>", "Yes?<|im_end|>"]
+
 
 def supervised(template: str, messages: list[dict[str, Any]], **row: Any) -> list[str]:
     """The text of every run of supervised tokens, runs of two turns apart from each other."""
@@ -215,9 +278,10 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_template_whose_parts_really_disagree_is_refused_with_an_example(name: str) -> None:
     assert len(supervised(REFUSED[name], [user("Hi"), says("A long answer")])) == 1
-    with pytest.raises(DataError, match=r"chat template: rendered .* turn 2, .*--chat-template FILE") as error:
+    with pytest.raises(RowProblem, match=r"chat template: rendered .* turn 2, .*--chat-template FILE") as error:
         supervised(REFUSED[name], [user("Hello"), says("A long answer"), user("More"), says("Another one")])
-    assert "\n" not in str(error.value)
+    assert error.value.reason_code == "template-disagrees"
+    assert "\n" not in error.value.detail
 
 
 def test_template_without_an_end_of_earlier_turns_supervises_their_text_alone() -> None:

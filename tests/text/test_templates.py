@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PythonBackend
 
-from eagle_offline.errors import DataError, MismatchError, UsageError
+from eagle_offline.errors import MismatchError, UsageError
 from eagle_offline.text.conversations import RowProblem, parse_conversation
 from eagle_offline.text.templates import ChatTemplate, Encoded, template_digest, tokenizer_digest
 from tests.text import tiny_tokenizers as tiny
@@ -154,9 +154,10 @@ def test_tools_reach_the_template() -> None:
 def test_template_whose_prefixes_disagree_is_refused_with_an_example() -> None:
     tokenizer = tiny.byte_tokenizer(tiny.FORGETFUL)
     assert supervised(tokenizer, encode(tokenizer, CHAT[:2])) == ["Yes?<|im_end|>"]
-    with pytest.raises(DataError) as error:
+    with pytest.raises(RowProblem) as error:
         encode(tokenizer, CHAT)
-    message = str(error.value)
+    assert error.value.reason_code == "template-disagrees"
+    message = error.value.detail
     assert "up to turn 2" in message
     assert "Yes?" in message
     assert "--chat-template FILE" in message
@@ -236,8 +237,9 @@ def test_slow_tokenizer_gives_the_mask_of_a_fast_one_or_refuses() -> None:
     assert not slow.is_fast
     assert supervised(slow, encode(slow, CHAT)) == ["Yes?<|im_end|>", "It is 5.\nDone<|im_end|>"]
     joining = JoiningTokenizer(chat_template=tiny.CHATML, extra_special_tokens=specials)
-    with pytest.raises(DataError, match="straddles the edge of an assistant turn"):
+    with pytest.raises(RowProblem, match="straddles the edge of an assistant turn") as error:
         encode(joining, CHAT)
+    assert error.value.reason_code == "turn-edge-in-token"
 
 
 def test_digests_survive_saving_calls_and_another_process(tmp_path: Path) -> None:

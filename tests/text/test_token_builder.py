@@ -62,11 +62,70 @@ def test_input_without_a_usable_row_tells_counts_and_the_first_example(tmp_path:
     assert contents(tmp_path / "tokens") == {}
 
 
-def test_refused_template_names_the_row_it_failed_on(tmp_path: Path) -> None:
-    rows = [chat(1), {"messages": tiny.turns("a", "b", "c", "d")}]
+UNTOLD = {"messages": tiny.turns("a", "b", "c", "d")}  # as FORGETFUL renders it
+FORGETFUL = tiny.byte_tokenizer(tiny.FORGETFUL)
+
+
+def test_rows_whose_rendering_does_not_tell_are_left_out_with_an_example(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", [UNTOLD, *(chat(number) for number in range(9))])
+    table = build(path, tmp_path / "tokens", FORGETFUL)
+    assert (len(table), table.meta.reasons) == (9, {"template-disagrees": 1})
+    (line,) = (tmp_path / "tokens" / "quarantine.jsonl").read_text().splitlines()
+    assert "up to turn 2" in line
+    assert "--chat-template FILE" in line
+    with pytest.raises(DataError, match=r"a\.jsonl row 1: template-disagrees: chat template: .*; stopped as asked"):
+        build(path, tmp_path / "stopped", FORGETFUL, on_bad_row="stop")
+
+
+@pytest.mark.parametrize(("untold", "usable", "stops"), [(10, 10, False), (11, 9, True), (18, 1, False), (19, 1, True)])
+def test_template_is_at_fault_where_more_than_half_of_twenty_rows_are_untold(
+    tmp_path: Path, untold: int, usable: int, stops: bool
+) -> None:
+    rows = [{"messages": [{"role": "wizard"}]}, *[UNTOLD] * untold, *(chat(number) for number in range(usable))]
     path = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(DataError, match=r"a\.jsonl row 2: chat template: "):
-        build(path, tmp_path / "tokens", tiny.byte_tokenizer(tiny.FORGETFUL))
+    if not stops:
+        assert len(build(path, tmp_path / "tokens", FORGETFUL)) == usable
+        return
+    with pytest.raises(
+        DataError, match=rf"a\.jsonl row 2: .*--chat-template FILE.*\(so in {untold} of 20 rows\)"
+    ) as error:
+        build(path, tmp_path / "tokens", FORGETFUL)
+    assert "\n" not in str(error.value)
+    assert contents(tmp_path / "tokens") == {}
+
+
+def test_template_that_tells_no_row_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no usable row, 3 left out \(template-disagrees 3\); .*--chat-template FILE"):
+        build(tiny.write_jsonl(tmp_path / "a.jsonl", [UNTOLD] * 3), tmp_path / "tokens", FORGETFUL)
+
+
+def test_what_a_template_does_not_render_is_counted_and_not_supervised(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    thought = {"role": "assistant", "content": "Yes?", "reasoning_content": "greet them"}
+    asks = {"role": "user", "content": "Hi"}
+    in_text = {"role": "assistant", "content": "<think>\ngreet\n</think>Yes?"}
+    rows = [[asks, call], [asks, call, asks, thought], [asks, thought], [asks, in_text]]
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", [{"messages": row} for row in rows])
+    table = build(path, tmp_path / "tokens")
+    assert table.meta.reasons == {"nothing-rendered": 1}
+    assert table.meta.notes == {"reasoning-not-rendered": 2, "tool-calls-not-rendered": 1}
+    said = [TOKENIZER.decode(row.input_ids[row.loss_mask == 1]) for row in (table[0], table[1])]
+    assert said == ["Yes?<|im_end|>", "Yes?<|im_end|>"]
+    shown = build(path, tmp_path / "shown", tiny.byte_tokenizer(tiny.CHATML_REASONING))
+    assert (shown.meta.reasons, shown.meta.notes) == ({}, {})
+
+
+@pytest.mark.parametrize("template", [tiny.CHATML, tiny.CHATML_TAGGED], ids=["plain", "tagged"])
+def test_turn_with_weight_0_and_turns_of_a_prompt_are_not_supervised(tmp_path: Path, template: str) -> None:
+    tokenizer = tiny.byte_tokenizer(template)
+    turns = tiny.turns("a", "First", "b", "Second")
+    weighted = [{**turn, "weight": int(turn["content"] != "First")} for turn in turns]
+    rows = [{"messages": weighted}, {"prompt": turns[:3], "completion": turns[3:]}, {"messages": turns}]
+    rows.append({"messages": [{**turn, "weight": 0} for turn in turns]})
+    table = build(tiny.write_jsonl(tmp_path / "a.jsonl", rows), tmp_path / "tokens", tokenizer)
+    said = [tokenizer.decode(table[index].input_ids[table[index].loss_mask == 1]) for index in range(3)]
+    assert said == ["Second<|im_end|>", "Second<|im_end|>", "First<|im_end|>Second<|im_end|>"]
+    assert table.meta.reasons == {"no-supervised-token": 1}
 
 
 def test_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:

@@ -88,6 +88,6 @@ def test_damaged_table_is_not_opened_and_is_rebuilt(tmp_path: Path, name: str, d
 def test_table_of_another_format_version_is_refused(tmp_path: Path) -> None:
     build(write_chats(tmp_path / "a.jsonl", 2), tmp_path / "tokens")
     meta = tmp_path / "tokens" / "tokens.json"
-    meta.write_text(meta.read_text().replace('"format_version": 1', '"format_version": 99'))
-    with pytest.raises(DataError, match="format version 99, expected 1"):
+    meta.write_text(meta.read_text().replace('"format_version": 2', '"format_version": 99'))
+    with pytest.raises(DataError, match="format version 99, expected 2"):
         open_token_table(tmp_path / "tokens")

@@ -82,3 +82,32 @@ def test_supervision_that_nothing_precedes_or_that_is_cut_off_leaves_the_row_out
     assert [row.loss_mask.tolist() for row in (table[0], table[1])] == [[0, 0, 1], [0, 0, 1]]
     assert [row.row for row in (table[0], table[1])] == [4, 5]
     assert table.meta.truncated_rows == 1
+
+
+def test_padding_at_either_end_is_cut_off_and_labels_may_stand_for_the_mask() -> None:
+    row: dict[str, Any] = {"input_ids": [0, 5, 6, 7, 0, 0], "attention_mask": [0, 1, 1, 1, 0, 0]}
+    for supervision in ({"loss_mask": [0, 0, 1, 1, 0, 1]}, {"labels": [-100, -100, 6, 7, -100, 0]}):
+        found = parse_tokens({**row, **supervision}, 10)
+        assert (found.input_ids.tolist(), found.loss_mask.tolist()) == ([5, 6, 7], [0, 1, 1])
+    both = {"input_ids": [1, 2], "labels": [1, 2], "loss_mask": [0, 1], "attention_mask": [True, True]}
+    assert parse_tokens(both, 10).loss_mask.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"loss_mask": [0, 1, 1], "attention_mask": [1, 0, 1]}, "`attention_mask` is 0 at position 1"),
+        ({"loss_mask": [0, 1, 1], "attention_mask": [1, 1]}, "an `attention_mask` of 2"),
+        ({"loss_mask": [0, 1, 1], "attention_mask": [1, 2, 1]}, "`attention_mask` holds 2"),
+        ({"loss_mask": [0, 1, 1], "attention_mask": [0, 0, 0]}, "0 tokens"),
+        ({"labels": [-100, 5, 9]}, "`labels` holds 9 where the token is 6"),
+        ({"labels": [-100, 5]}, "3 `input_ids` and `labels` of 2"),
+        ({"labels": [-100, 5, -1]}, "`labels` holds -1"),
+        ({"labels": None}, "`loss_mask` is null"),
+    ],
+)
+def test_padding_and_labels_that_cannot_be_meant_say_why(row: dict[str, Any], named: str) -> None:
+    with pytest.raises(RowProblem) as problem:
+        parse_tokens({"input_ids": [4, 5, 6], **row}, 10)
+    assert problem.value.reason_code == "bad-tokens"
+    assert named in problem.value.detail

@@ -54,12 +54,12 @@ def test_bytes_are_those_of_one_process(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_first_row_that_ends_the_build_is_the_one_that_is_told(tmp_path: Path) -> None:
-    refused = {"messages": tiny.turns("a", "b", "c", "d")}
-    rows = [chat(number) if number not in (150, 151, 400) else refused for number in range(600)]
-    path = tiny.write_jsonl(tmp_path / "a.jsonl", rows)
+    # Of rows 101 and on every one is untold, so that more than half are from row 201.
+    untold = {"messages": tiny.turns("a", "b", "c", "d")}
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", [chat(number) if number < 100 else untold for number in range(600)])
     forgetful = tiny.byte_tokenizer(tiny.FORGETFUL)
     for count in (1, 2):
-        with pytest.raises(DataError, match=r"a\.jsonl row 151: chat template: "):
+        with pytest.raises(DataError, match=r"a\.jsonl row 101: chat template: .* \(so in 101 of 201 rows\)$"):
             build(path, tmp_path / "tokens", forgetful, num_workers=count)
         assert contents(tmp_path / "tokens") == {}
     path = write_many(tmp_path / "a.jsonl", 300)
