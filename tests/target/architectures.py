@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[Architecture, str]] = {
         vision={"model_type": "siglip_vision_model", **VISION, "projection_dim": 32}), "left to right"),
     "encoder": (A("Bert", model="BertLMHeadModel"), "no list of decoder layers"),
     "encoder-decoder": (A("T5", model="T5ForConditionalGeneration"), "encoder-decoder"),
-    "no language model": (A("Albert", {"embedding_size": 16}, model="AlbertForMaskedLM"), "not a causal language"),
+    "no language model": (A("Albert", {"embedding_size": 16}, model="AlbertForMaskedLM"), "an encoder model"),
     "several streams": (A("HYV4", HEADS), "one vector a token"),
     "another head": (
         A("ModernBertDecoder", {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}), "after its head"),
