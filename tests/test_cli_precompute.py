@@ -456,3 +456,15 @@ def test_a_switch_in_the_place_of_a_number_is_refused(tmp_path: Path) -> None:
     refused = builders.run_cli(*builders.precompute_arguments(tmp_path / "cache", config=config))
     assert refused.code == 2
     assert "--mantissa-bits: found true" in refused.err
+
+
+def test_rows_beyond_what_the_target_was_made_for_are_said(tmp_path):
+    target = builders.save_target(tmp_path / "target", max_position_embeddings=64)
+    ended = builders.precompute(tmp_path / "long", target)
+    assert ended.code == 0, ended.err
+    (said,) = [line for line in ended.errors if line.startswith("warning:")]
+    assert "64" in said
+    assert "--seq-length" in said
+    short = builders.precompute(tmp_path / "short", target, seq_length=64)
+    assert short.code == 0, short.err
+    assert "warning:" not in short.err
