@@ -12,7 +12,7 @@ import multiprocessing
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ CHAIN = 5
 BASELINE = "baseline"
 WAYS = ("greedy", "sampled")
 
-# What is trained when nothing else is said: the quickstart's run, cut short; K of a chain of 5.
+# What is trained when nothing else is said: EAGLE-3 as in the quickstart, cut short; K of a chain of 5.
 TRAINING: dict[str, Any] = {
     "ttt_steps": 5,
     "num_epochs": 2,
@@ -49,6 +49,7 @@ class Work:
         names: of what has to be measured.
         measure: trains one with one seed and lets its draft decode; another process calls it.
         prepare: given the example and the work directory, makes what the trainings need.
+        training: what is trained when nothing else is said.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Work:
         names: Iterable[str],
         measure: Measure,
         prepare: Callable[[Path, Path], None] = lambda example, directory: None,
+        training: Mapping[str, Any] = TRAINING,
     ):
         self._directory, self._names = directory, list(names)
-        self._measure, self._prepare = measure, prepare
+        self._measure, self._prepare, self._training = measure, prepare, dict(training)
         self._pending: dict[tuple[str, int], Future[dict[str, float]]] = {}
 
     def figures(self, name: str) -> Figures:
@@ -70,7 +72,7 @@ class Work:
             pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
             tasks = [(each, seed) for each in self._names for seed in SEEDS]
             self._pending = {
-                task: pool.submit(self._measure, example, self._directory, TRAINING, *task) for task in tasks
+                task: pool.submit(self._measure, example, self._directory, self._training, *task) for task in tasks
             }
         found = [self._pending[name, seed].result() for seed in SEEDS]
         figures: Figures = {}
@@ -133,7 +135,9 @@ def train_and_decode(example: Path, run: Path, training: dict[str, Any]) -> dict
                 device="cpu",
             )
         )
-        figures[f"accept_length_{way}"] = evaluation.drafters["trained"].accept_length
+        trained = evaluation.drafters["trained"]
+        figures[f"accept_length_{way}"] = trained.accept_length
+        figures |= {_rate_key(way, depth): rate for depth, rate in enumerate(trained.accept_rate, start=1)}
     done.write_text(json.dumps(figures))
     shutil.rmtree(run)
     return figures
@@ -150,13 +154,18 @@ def differences(figures: Figures, baseline: Figures, way: str) -> list[float]:
     return [float(figures[key]) - float(baseline[key]) for key in keys]
 
 
-def table(benchmark: str, names: Iterable[str], title: str) -> str:
-    """Return a benchmark's committed rows as a Markdown table, differences to the baseline paired by seed."""
+def table(benchmark: str, names: Iterable[str], title: str, *, with_rates: bool = False) -> str:
+    """Return a benchmark's committed rows as a Markdown table, differences to the baseline paired by seed.
+
+    Args:
+        benchmark: whose rows. names: of its cases. title: of their column.
+        with_rates: say also how many rounds of greedy decoding accepted the first draft token, the second, and so on.
+    """
     rows = {row.case: row.figures for row in read_rows(results_file(benchmark, "cpu"))}
-    lines = [
-        f"| {title} | greedy accept length | against the baseline | sampled | against the baseline |",
-        "|---|---|---|---|---|",
-    ]
+    titles = [title, "greedy accept length", "against the baseline", "sampled", "against the baseline"]
+    if with_rates:
+        titles.append("rounds that accepted draft token " + ", ".join(str(depth) for depth in range(1, CHAIN + 1)))
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in (name for name in names if name in rows):
         cells = [name]
         for way in WAYS:
@@ -164,5 +173,11 @@ def table(benchmark: str, names: Iterable[str], title: str) -> str:
             found = differences(rows[name], rows[BASELINE], way)
             spread = statistics.stdev(found)
             cells.append("" if name == BASELINE else f"{statistics.mean(found):+.2f} ± {spread:.2f}")
+        if with_rates:
+            cells.append(", ".join(f"{rows[name][_rate_key('greedy', depth)]:.0%}" for depth in range(1, CHAIN + 1)))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _rate_key(way: str, depth: int) -> str:
+    return f"accept_rate_{way}_{depth}"

@@ -30,11 +30,12 @@ from eagle_offline.data.feed import feed
 from eagle_offline.data.sampler import plan_packs, shuffled_samples
 from eagle_offline.data.stored_pack import PackReader
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
-from eagle_offline.objectives.ttt_loss import STEP_DECAY, StepWeights
+from eagle_offline.objectives.ttt_loss import STEP_DECAY, StepWeights, TTTLoss
 from eagle_offline.prefetch import prefetch
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.logbook import read_metrics
-from eagle_offline.training.packs import TrainingPack, plan_pack, run_pack
+from eagle_offline.training.objective import UnrollObjective
+from eagle_offline.training.packs import TrainingPack, pack_parts, plan_pack
 
 NAME = "data_wait"
 QUESTION = __doc__
@@ -42,6 +43,7 @@ QUESTION = __doc__
 # What a step is taken to reach, of the dense bf16 rate that an H200-class GPU is taken to have.
 PEAK_FLOPS, REACHED_SHARE = 800e12, 0.45
 TTT_STEPS = 7
+OBJECTIVE = UnrollObjective(TTTLoss(TTT_STEPS))
 
 
 SHAPE_8B = Shape(4096, 14336, 32, 8, 32000)
@@ -200,7 +202,7 @@ class _Loader:
     def pack_of(self, cache: Cache) -> Callable[[np.ndarray], TrainingPack]:
         def read(indices: np.ndarray) -> TrainingPack:
             stored = self._reader.read([(cache, int(index)) for index in indices])
-            return plan_pack(stored, self._mask, TTT_STEPS, self._device)
+            return plan_pack(stored, self._mask, OBJECTIVE, self._device)
 
         return read
 
@@ -229,7 +231,8 @@ class _Step:
         self._model.zero_grad(set_to_none=True)
         counts = pack.plan.step_counts.to(self._device).clamp_min(1)
         with torch.autocast("cuda", torch.bfloat16, enabled=self._device.type == "cuda"):
-            loss, _ = run_pack(self._model, pack, self._head, StepWeights(self._decays / counts))
+            (part,) = pack_parts(self._model, pack, OBJECTIVE, self._head, StepWeights(self._decays / counts))
+            loss, _ = part()
         loss.backward()
 
 

@@ -33,13 +33,14 @@ BENCHMARKS = (
     "read_speed",
     "data_wait",
     "train_step",
+    "parallel_step",
     "tokenize_speed",
     "capture_speed",
     "quickstart",
 )
 
 # Those that need an environment of their own or most of an hour, and run when they are named.
-SEPARATE = ("interop", "ablation", "accept_by_encoding")
+SEPARATE = ("interop", "ablation", "ablation_peagle", "accept_by_encoding")
 
 Figures = dict[str, float | int | str]
 

@@ -1,8 +1,9 @@
 """Does another project's loader make the same draft of our exports?
 
 Drafts of several kinds are exported in both layouts; speculators, in an environment of its own, loads the
-speculators directory as it is and the flat one through its converter, and computes the logits of an unroll.
-Compared are the logits of every step, every slot and every token with ours, float32. ``make interop`` runs it.
+speculators directory as it is and the flat one through its converter, and computes the logits of an unroll, or of
+P-EAGLE's one forward over elements that we chose. Compared are the logits of every step, every slot or element and
+every token with ours, float32. ``make interop`` runs it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,11 @@ _LLAMA3_ROPE = {
 }  # fmt: skip
 
 
+_PARALLEL: dict[str, Any] = {"parallel_drafting": True, "mask_token_id": 7}
+# Whole chains of so many depths are compared, and some that end before.
+NUM_DEPTHS = 6
+
+
 @dataclass(frozen=True)
 class Draft:
     """A kind of draft.
@@ -86,6 +93,13 @@ DRAFTS = {
     "qwen3 layers": Draft({"layer_style": "qwen3"}, convertible=False),
     "two qwen3 layers, eagle3.1": Draft(
         {"layer_style": "qwen3", "num_hidden_layers": 2, "fc_norm": True, "norm_output": True}, convertible=False
+    ),
+    "peagle": Draft(_PARALLEL, convertible=False),
+    "peagle, own embeddings": Draft(_PARALLEL, own_embeddings=True, convertible=False),
+    "peagle, four layers": Draft({**_PARALLEL, "num_hidden_layers": 4}, convertible=False),
+    "peagle, four aux layers": Draft({**_PARALLEL, "num_aux_hidden_states": 4}, convertible=False),
+    "peagle, two qwen3 layers": Draft(
+        {**_PARALLEL, "layer_style": "qwen3", "num_hidden_layers": 2}, draft_vocab_size=VOCAB_SIZE, convertible=False
     ),
 }
 
@@ -129,7 +143,10 @@ def _load_elsewhere(directory: Path) -> dict[str, str]:
 
 
 def _write_case(kind: Draft, case: Path) -> torch.Tensor:
-    """Write a target, its draft in both layouts and inputs; return the logits ``[K, T, Vd]`` that are right."""
+    """Write a target, its draft in both layouts and inputs; return the logits that are right.
+
+    They are ``[K, T, Vd]`` of an unroll's steps, or ``[1, M, Vd]`` of P-EAGLE's elements.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -140,7 +157,9 @@ def _write_case(kind: Draft, case: Path) -> torch.Tensor:
     with torch.no_grad():
         for parameter in model.parameters():
             # Norms away from 1 and weights large enough that every part shows in the logits.
-            parameter.copy_(1 + 0.3 * torch.randn_like(parameter) if parameter.dim() == 1 else parameter * 8)
+            # The mask's state is as large as aux states are.
+            if parameter is not model.mask_hidden:
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter) if parameter.dim() == 1 else parameter * 8)
         if not kind.own_embeddings:
             model.embed_tokens.weight.copy_(target.get_input_embeddings().weight)
     ids = torch.randperm(VOCAB_SIZE)[: kind.draft_vocab_size].sort().values
@@ -161,8 +180,7 @@ def _write_case(kind: Draft, case: Path) -> torch.Tensor:
         dataset={},
         draft_vocab_digest="0" * 32,
         draft_vocab_coverage=1.0,
-        objective="eagle3",
-        ttt_steps=TTT_STEPS,
+        objective="peagle" if model.config.parallel_drafting else "eagle3",
         embeddings_trained=kind.own_embeddings,
         step=0,
     )
@@ -183,6 +201,8 @@ def _write_case(kind: Draft, case: Path) -> torch.Tensor:
         "position_ids": torch.arange(NUM_SLOTS).unsqueeze(0),
         "ttt_steps": torch.tensor(TTT_STEPS),
     }
+    if model.config.parallel_drafting:
+        inputs |= _elements()
     save_file(inputs, case / "inputs.safetensors")
     facts = {
         "convertible": kind.convertible,
@@ -190,7 +210,35 @@ def _write_case(kind: Draft, case: Path) -> torch.Tensor:
         "layers_executed": layers_executed(layer_ids),
     }
     (case / "case.json").write_text(json.dumps(facts))
-    return _unroll_logits(model, inputs)
+    return _parallel_logits(model, inputs) if model.config.parallel_drafting else _unroll_logits(model, inputs)
+
+
+def _elements() -> dict[str, torch.Tensor]:
+    """Return elements of a parallel forward, int64 ``[M]`` each: depth 0 everywhere, then chains of unlike lengths."""
+    elements = [
+        (anchor, depth)
+        for depth in range(NUM_DEPTHS)
+        for anchor in range(NUM_SLOTS - depth)
+        if depth == 0 or (anchor % 4 != 1 and depth <= anchor % NUM_DEPTHS + 1)
+    ]
+    anchor_pos, depth = torch.tensor(elements).T.contiguous()
+    return {"anchor_pos": anchor_pos, "depth": depth}
+
+
+@torch.no_grad()
+def _parallel_logits(model: Eagle3DraftModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return our logits ``[1, M, Vd]`` of the given elements, who reads whom written out."""
+    anchor_pos, depth = inputs["anchor_pos"], inputs["depth"]
+    context = (depth == 0) & (anchor_pos[:, None] >= anchor_pos)
+    visible = context | ((anchor_pos[:, None] == anchor_pos) & (depth[:, None] >= depth))
+    known = depth == 0
+    assert model.config.mask_token_id is not None
+    ids = inputs["input_ids"][0, anchor_pos].masked_fill(~known, model.config.mask_token_id)
+    states = model.project_hidden_states(inputs["aux_hidden_states"][:, anchor_pos])
+    states = torch.where(known[:, None], states, model.project_mask_hidden())
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, attn_mask=visible, enable_gqa=True)
+    positions = (anchor_pos + depth).unsqueeze(0)
+    return model.compute_logits(model.forward_parallel(ids.unsqueeze(0), states, positions, attend))
 
 
 @torch.no_grad()

@@ -11,49 +11,23 @@ its document, and what sums in a fixed order cost on a GPU.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import statistics
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from benchmarks.harness import Figures
+from benchmarks.training_steps import SHAPE_8B, SMALL_SHAPE, median_seconds, peak_bytes
 from benchmarks.unroll_ways import RECOMPUTED, WAYS, Setting, Work, matmul_flops_per_second, necessary_flops
 from eagle_offline.devices import use_fixed_order
-
-Key = TypeVar("Key", bound=Hashable)
 
 NAME = "train_step"
 QUESTION = __doc__
 
-SMALL = Setting(
-    shape=(
-        ("hidden_size", 256),
-        ("intermediate_size", 704),
-        ("num_attention_heads", 4),
-        ("num_key_value_heads", 2),
-    ),
-    draft_vocab_size=4096,
-    num_samples=8,
-    seq_length=512,
-)
-SHAPE_8B = Setting(
-    shape=(
-        ("hidden_size", 4096),
-        ("intermediate_size", 14336),
-        ("num_attention_heads", 32),
-        ("num_key_value_heads", 8),
-    ),
-    draft_vocab_size=32000,
-    num_samples=8,
-    seq_length=1024,
-    chunk=2048,
-)
+SMALL = Setting(SMALL_SHAPE, draft_vocab_size=4096, num_samples=8, seq_length=512)
+LARGE = Setting(SHAPE_8B, draft_vocab_size=32000, num_samples=8, seq_length=1024, chunk=2048)
 _LONG_TOKENS = 32768
 # Lengths of documents that fill so many tokens.
 _FILLED_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -68,10 +42,10 @@ def cases(device: str) -> dict[str, Callable[[], Figures]]:
             "hidden256-recompute": lambda: measure_recomputing(device, SMALL),
             "hidden256-lengths": lambda: measure_lengths(device, SMALL),
         }
-    factored = replace(SHAPE_8B, factored=True)
+    factored = replace(LARGE, factored=True)
     long = replace(factored, num_samples=1, seq_length=_LONG_TOKENS, sample_length=_LONG_TOKENS)
     return {
-        "8b": lambda: measure(device, SHAPE_8B),
+        "8b": lambda: measure(device, LARGE),
         "8b-32k-recompute": lambda: measure_recomputing(device, long),
         "8b-lengths": lambda: measure_lengths(device, factored),
         "8b-deterministic": lambda: measure_fixed_order(device, factored),
@@ -84,7 +58,7 @@ def measure(device: str, setting: Setting, *, repeats: int = 3) -> Figures:
     losses = {way: work.run(way) for way in WAYS}
     if max(losses.values()) - min(losses.values()) > 1e-2 * losses["ours"]:
         raise AssertionError(f"not the same step: {losses}")
-    seconds = _seconds({way: partial(work.seconds, way) for way in WAYS}, repeats)
+    seconds = median_seconds({way: partial(work.seconds, way) for way in WAYS}, repeats)
     extra = {way: peak_bytes(work, way) for way in WAYS}
     figures: Figures = {}
     for way in WAYS[1:]:
@@ -100,7 +74,7 @@ def measure(device: str, setting: Setting, *, repeats: int = 3) -> Figures:
 def measure_recomputing(device: str, setting: Setting, *, repeats: int = 3) -> Figures:
     """Return time and memory of our step that recomputes, and the ratios to the one that does not."""
     work, ways = Work(device, setting), ("ours", RECOMPUTED)
-    seconds = _seconds({way: partial(work.seconds, way) for way in ways}, repeats)
+    seconds = median_seconds({way: partial(work.seconds, way) for way in ways}, repeats)
     extra = {way: peak_bytes(work, way) for way in ways}
     figures: Figures = {
         "time_of_keeping_all": seconds[RECOMPUTED] / seconds["ours"],
@@ -130,7 +104,7 @@ def measure_lengths(
         )
         for length in lengths
     }
-    seconds = _seconds({length: partial(work.seconds, "ours") for length, work in works.items()}, repeats)
+    seconds = median_seconds({length: partial(work.seconds, "ours") for length, work in works.items()}, repeats)
     figures: Figures = {f"time_at_{length}": seconds[length] / seconds[lengths[0]] for length in lengths[1:]}
     figures["tokens"], figures[f"tokens_per_second_at_{lengths[0]}"] = num_tokens, num_tokens / seconds[lengths[0]]
     return figures
@@ -143,28 +117,17 @@ def measure_fixed_order(device: str, setting: Setting, *, repeats: int = 3) -> F
     """
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        free = pool.apply(_median_seconds, (device, setting, repeats, False))
+        free = pool.apply(_seconds_in_order, (device, setting, repeats, False))
     with context.Pool(1) as pool:
-        fixed = pool.apply(_median_seconds, (device, setting, repeats, True))
+        fixed = pool.apply(_seconds_in_order, (device, setting, repeats, True))
     return {"time_of_any_order": fixed / free, "step_seconds": fixed}
 
 
-def _median_seconds(device: str, setting: Setting, repeats: int, fixed: bool) -> float:
+def _seconds_in_order(device: str, setting: Setting, repeats: int, fixed: bool) -> float:
     if fixed:
         use_fixed_order()
     work = Work(device, setting)
-    return _seconds({"ours": partial(work.seconds, "ours")}, repeats)["ours"]
-
-
-def _seconds(steps: Mapping[Key, Callable[[], float]], repeats: int) -> dict[Key, float]:
-    """Return each step's median seconds, measured turn by turn after a first turn that does not count."""
-    times: dict[Key, list[float]] = {key: [] for key in steps}
-    for repeat in range(repeats + 1):
-        for key, step in steps.items():
-            taken = step()
-            if repeat > 0:
-                times[key].append(taken)
-    return {key: statistics.median(values) for key, values in times.items()}
+    return median_seconds({"ours": partial(work.seconds, "ours")}, repeats)["ours"]
 
 
 def _rates(work: Work, seconds: float) -> Figures:
@@ -181,37 +144,3 @@ def _rates(work: Work, seconds: float) -> Figures:
         rate = matmul_flops_per_second(work.device)
         figures |= {"share_of_matmul_rate": flops / seconds / rate, "matmul_gigaflops_per_second": rate / 1e9}
     return figures
-
-
-def peak_bytes(work: Work, way: str) -> int:
-    """Return the memory that a step needs on top of what stood before it; on a CPU measured in a fresh process."""
-    if work.device.startswith("cuda"):
-        work.run(way)
-        work.model.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work.run(way)
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return int(pool.apply(_peak_resident_bytes, (work.setting, way)))
-
-
-def _peak_resident_bytes(setting: Setting, way: str) -> int:
-    work = Work("cpu", setting)
-    work.run(way)
-    work.model.zero_grad(set_to_none=True)
-    # Linux: give freed memory back, forget the largest resident size so far, and see what one more step makes of it.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    work.run(way)
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> int:
-    """Return a size from Linux's account of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024

@@ -5,9 +5,6 @@
   NeMo AutoModel trainer does;
 - padded to the longest sample, attention over a key axis that grows by the row's length a step, logits at every slot,
   as SpecForge does.
-
-Of each sample the assistant says the second half. Weights are float32, on CUDA under bf16 autocast, embeddings frozen,
-as `eagle_offline.training` has them.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -23,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.states import chat_lengths
-from eagle_offline.alignment import SlotBatch, doc_remaining, position_ids, shift_left_with_zero
-from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
+from benchmarks.training_steps import StepSetting, StepWork
+from eagle_offline.alignment import SlotBatch, shift_left_with_zero
+from eagle_offline.draft.eagle3 import Eagle3DraftConfig
 from eagle_offline.draft.layers import DraftLayer, head_dim
 from eagle_offline.draft.packed import PackedUnroll
 from eagle_offline.objectives.fused_loss import TargetRows
@@ -34,145 +31,65 @@ from eagle_offline.objectives.packed_ttt import unroll_packed
 from eagle_offline.objectives.plan import UnrollPlan, moved, plan_unroll
 from eagle_offline.objectives.ttt import supervised_counts
 from eagle_offline.objectives.ttt_loss import TTTLoss
-from eagle_offline.supervision import Head
 
 WAYS = ("ours", "padded_dense", "growing_keys")
 RECOMPUTED = "ours_recomputed"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What is run.
+class Setting(StepSetting):
+    """See `StepSetting`; only our way reads factored supervision.
 
     Attributes:
-        shape: fields of the draft's config.
-        draft_vocab_size: ``Vd``.
-        num_samples: samples a step.
-        seq_length: what one way pads to; lengths are those of chat data for 2,048, scaled to this.
         ttt_steps: ``K``.
-        chunk: rows of the loss at once.
-        sample_length: length of every sample, instead of those of chat data.
-        factored: supervision is final states and a head instead of probabilities; only our way reads these.
     """
 
-    shape: tuple[tuple[str, int], ...]
-    draft_vocab_size: int
-    num_samples: int
-    seq_length: int
     ttt_steps: int = 7
-    chunk: int = 1024
-    sample_length: int | None = None
-    factored: bool = False
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sample."""
-        if self.sample_length is not None:
-            return [self.sample_length] * self.num_samples
-        scaled = chat_lengths(self.num_samples, seed=2) * self.seq_length // 2048
-        return np.maximum(scaled, 8).tolist()
 
 
-class Work:
+class Work(StepWork):
     """A draft, samples, and one step over them each way."""
 
+    setting: Setting
+
     def __init__(self, device: str, setting: Setting):
-        torch.manual_seed(0)
-        self.setting, self.device = setting, device
         size = setting.draft_vocab_size
-        self.config = Eagle3DraftConfig(vocab_size=size, draft_vocab_size=size, **dict(setting.shape))
-        with torch.device(device):
-            self.model = cast(Any, Eagle3DraftModel(self.config))
-        self.model.embed_tokens.weight.requires_grad_(False)
-        self.lengths = setting.lengths
-        self.num_tokens = sum(self.lengths)
-        self.padded = self._padded(setting.seq_length)
-        self.num_supervised = int(self.padded.position_mask.sum())
+        config = Eagle3DraftConfig(vocab_size=size, draft_vocab_size=size, **cast(Any, dict(setting.shape)))
+        super().__init__(device, setting, config)
         self.weights = TTTLoss(setting.ttt_steps).weights(supervised_counts(self.padded, setting.ttt_steps))
 
-    def run(self, way: str) -> float:
-        """Do one forward and backward; return the loss."""
-        ways = {
-            "ours": self._ours,
-            RECOMPUTED: lambda: self._ours(recompute=True),
+    def parts(self, way: str) -> list[Callable[[], Tensor]]:
+        ours = partial(self._ours, self.plan, *self.samples)
+        ways: dict[str, Callable[[], Tensor]] = {
+            "ours": ours,
+            RECOMPUTED: partial(ours, recompute=True),
             "padded_dense": self._padded_dense,
             "growing_keys": self._growing_keys,
         }
-        self.model.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.startswith("cuda")):
-            loss = ways[way]()
-        loss.backward()
-        return float(loss.detach())
-
-    def seconds(self, way: str) -> float:
-        """Return how long a step takes."""
-        self._finish()
-        started = time.perf_counter()
-        self.run(way)
-        self._finish()
-        return time.perf_counter() - started
-
-    def _finish(self) -> None:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    def _padded(self, num_slots: int) -> SlotBatch:
-        """Return the samples as padded rows, slot frame, probabilities at every slot."""
-        setting, count = self.setting, len(self.lengths)
-        slots, lengths = torch.arange(num_slots), torch.tensor(self.lengths)[:, None]
-        generator = torch.Generator(self.device).manual_seed(0)
-        shape = {"generator": generator, "device": self.device}
-        aux_size = self.config.num_aux_hidden_states * self.config.hidden_size
-        probs = torch.zeros(count, num_slots, 0, device=self.device)
-        if not setting.factored:
-            probs = torch.randn(count, num_slots, setting.draft_vocab_size, **shape).mul_(3).softmax(-1)
-        mask = shift_left_with_zero((slots >= lengths // 2) & (slots < lengths)).to(self.device)
-        seq_lens = lengths.contiguous()
-        return SlotBatch(
-            input_ids=torch.randint(0, setting.draft_vocab_size, (count, num_slots), **shape),
-            attention_mask=(slots < lengths).to(self.device),
-            loss_mask=mask,
-            aux_hidden_states=torch.randn(count, num_slots, aux_size, dtype=torch.bfloat16, **shape),
-            target_probs=probs,
-            position_mask=mask,
-            position_ids=position_ids(seq_lens, num_slots).to(self.device),
-            seq_lens=seq_lens.to(self.device),
-            doc_remaining=doc_remaining(seq_lens, num_slots).to(self.device),
-        )
-
-    def _flat(self, tensor: Tensor) -> Tensor:
-        return torch.cat([row[:length] for row, length in zip(tensor, self.lengths, strict=True)])
+        return [ways[way]]
 
     @cached_property
     def plan(self) -> UnrollPlan:
         """Our plan, on the device; a reader thread makes it while the step before runs."""
-        mask = self._flat(self.padded.position_mask).cpu().numpy()
+        mask = self.flat(self.padded.position_mask).cpu().numpy()
         setting, rows = self.setting, np.arange(self.num_tokens)
         ragged = self.device != "cpu"
         plan = plan_unroll(self.lengths, mask, mask, rows, setting.ttt_steps, setting.chunk, ragged=ragged)
         return moved(plan, self.device)
 
-    @cached_property
-    def samples(self) -> tuple[Tensor, Tensor, Tensor, TargetRows]:
-        """Ids, positions, aux states and supervision end to end, as a reader thread lays them out."""
-        batch = self.padded
-        if self.setting.factored:
-            hidden_size = self.config.hidden_size
-            with torch.device(self.device):
-                rows = torch.randn(self.num_tokens, hidden_size, dtype=torch.bfloat16)
-                head = Head(torch.randn(self.setting.draft_vocab_size, hidden_size, dtype=torch.bfloat16) / 20)
-            targets = TargetRows.of(rows, head)
-        else:
-            targets = TargetRows.of(self._flat(batch.target_probs), None)
-        flat = (self._flat(tensor) for tensor in (batch.input_ids, batch.position_ids, batch.aux_hidden_states))
-        ids, positions, aux = flat
-        return ids, positions, aux, targets
-
-    def _ours(self, recompute: bool = False) -> Tensor:
-        ids, positions, aux, targets = self.samples
-        work = PackedUnroll(self.model, self.plan, ids, positions, recompute)
-        head_weight = self.model.lm_head.weight
-        return unroll_packed(work, self.model.before_head, head_weight, self.plan, aux, targets, self.weights)[0]
+    def _ours(
+        self,
+        plan: UnrollPlan,
+        ids: Tensor,
+        positions: Tensor,
+        aux: Tensor,
+        targets: TargetRows,
+        recompute: bool = False,
+    ) -> Tensor:
+        work = PackedUnroll(self.model, plan, ids, positions, recompute)
+        model = self.model
+        head_weight = model.lm_head.weight
+        return unroll_packed(work, model.before_head, head_weight, plan, lambda: aux, targets, self.weights)[0]
 
     def _every_slot(self, batch: SlotBatch, forward: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
         """Return the loss of an unroll whose logits are computed at every slot."""

@@ -1,4 +1,4 @@
-"""Cache a frozen LLM's states once, then train EAGLE-3 draft models from the cache alone.
+"""Cache a frozen LLM's states once, then train EAGLE-3 and P-EAGLE drafts from the cache alone.
 
 Names are imported when they are first used, so that ``import eagle_offline`` costs nothing.
 """
@@ -18,8 +18,12 @@ _HOMES = {
     "Eagle3TargetBatch": "eagle_offline.target.hooks",
     "Eagle3TrainerModule": "eagle_offline.objectives.ttt",
     "HFEagle3TargetModel": "eagle_offline.target.hooks",
+    "PEagleTrainerModule": "eagle_offline.objectives.peagle",
+    "assign_cod_segments": "eagle_offline.objectives.cod",
     "compute_target_distribution": "eagle_offline.supervision",
+    "create_peagle_mask_mod": "eagle_offline.element_attention",
     "default_aux_layer_ids": "eagle_offline.target.layout",
+    "generate_cod_sample_indices": "eagle_offline.objectives.cod",
     "kl_div_loss": "eagle_offline.objectives.losses",
     "masked_soft_cross_entropy": "eagle_offline.objectives.losses",
     "open_cache": "eagle_offline.cache.reader",
@@ -35,9 +39,13 @@ __all__ = [
     "Eagle3TargetBatch",
     "Eagle3TrainerModule",
     "HFEagle3TargetModel",
+    "PEagleTrainerModule",
     "__version__",
+    "assign_cod_segments",
     "compute_target_distribution",
+    "create_peagle_mask_mod",
     "default_aux_layer_ids",
+    "generate_cod_sample_indices",
     "kl_div_loss",
     "masked_soft_cross_entropy",
     "open_cache",

@@ -178,7 +178,7 @@ def _plain_type(annotation: Any) -> Any:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__)
 def cli() -> None:
-    """Cache a frozen LLM's states once, then train EAGLE-3 draft models from the cache alone.
+    """Cache a frozen LLM's states once, then train EAGLE-3 and P-EAGLE drafts from the cache alone.
 
     \b
     eagle-offline quickstart                                   the whole job on an embedded example
@@ -322,12 +322,13 @@ def _convert(settings: ConvertSettings) -> None:
     """
     eagle-offline train --cache C --output-dir O
     eagle-offline train --cache C --output-dir O --resume
+    eagle-offline train --cache C --output-dir P --objective peagle
     eagle-offline train --config train.yaml --learning-rate 5e-5
     torchrun --nproc-per-node 8 -m eagle_offline train --cache C --output-dir O --global-batch 8
     """,
 )
 def _train(settings: TrainSettings) -> None:
-    """Train an EAGLE-3 draft from a cache; the target is never loaded. Start it with torchrun for several GPUs."""
+    """Train an EAGLE-3 or P-EAGLE draft from a cache, without the target. Start it with torchrun for several GPUs."""
     from eagle_offline.stages import train
 
     result = train(settings)
@@ -478,7 +479,15 @@ def _export(settings: ExportSettings) -> None:
         raise SystemExit(EXIT_MISMATCH)
 
 
-@settings_command(cli, "report", ReportSettings, "eagle-offline report --run O --output-dir O/report")
+@settings_command(
+    cli,
+    "report",
+    ReportSettings,
+    """
+    eagle-offline report --run O --output-dir O/report
+    eagle-offline report --run O2 --compare O --evaluation E --output-dir O2/report
+    """,
+)
 def _report(settings: ReportSettings) -> None:
     """Show what a run achieved and write it as a page with plots."""
     from eagle_offline.stages import report

@@ -186,6 +186,7 @@ class EvaluateSettings(Settings):
     max_new_tokens: int = setting(256, "Longest answer.", gt=0)
     batch_size: int = setting(8, "Prompts answered together.", gt=0)
     seed: int = setting(0, "Of sampled decoding; the batch size has a say in the answers too.", ge=0, lt=1 << 31)
+    compare: tuple[str, ...] = setting((), "Further drafts of the target to decode with: runs, exports, hub ids.")
     compare_untrained: bool = setting(False, "Decode with an untrained draft of the same shape too.")
     any_target: bool = setting(False, "Accept a target of the same shape with other weights than the draft's.")
     output_dir: Path | None = setting(None, "Write evaluation.json and a page with plots here.")
@@ -198,6 +199,11 @@ class EvaluateSettings(Settings):
     compute_dtype: Literal["bf16", "fp16", "fp32"] | None = setting(
         None, "What target and draft run in; default the checkpoint's own, fp32 on a CPU."
     )
+
+    @field_validator("compare", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
 
 class CorpusSettings(Settings):
@@ -256,6 +262,12 @@ class ReportSettings(Settings):
     output_dir: Path = setting(..., "Where the page is written.")
     stages_file: Path | None = setting(None, "Seconds of each stage, as `run` records them.")
     evaluation: Path | None = setting(None, "Output directory of `evaluate`: real decoding joins the page.")
+    compare: tuple[Path, ...] = setting((), "Further runs to show beside it, validated on the same held-out documents.")
+
+    @field_validator("compare", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | Path) else value
 
 
 class PlotSettings(Settings):

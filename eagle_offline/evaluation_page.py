@@ -20,7 +20,8 @@ EVALUATION_FILE = "evaluation.json"
 EXPLANATION = (
     "<p>Accept length: tokens a verification yields, the target's own included. Walked: what the draft's hits along "
     "these answers predict for greedy decoding, round for round. Simulated: the mean over all their positions, as if a "
-    "round could begin at any of them. A draft's validation while it trains covers other answers.</p>"
+    "round could begin at any of them. A draft's validation while it trains covers other answers. Draft forwards a "
+    "round: one a token for a chain, one in all for P-EAGLE.</p>"
 )
 
 
@@ -43,7 +44,7 @@ def decoding_rows(figures: dict[str, Any]) -> list[Row]:
     """Return the table of drafters, its head first: what, plain decoding, each drafter."""
     drafters, plain = figures["drafters"], figures["plain"]
     results = list(drafters.values())
-    rows: list[Row] = [(f"real decoding, chain of {figures['num_draft_tokens']}", "no draft", *drafters)]
+    rows: list[Row] = [(f"real decoding, {figures['num_draft_tokens']} drafts", "no draft", *drafters)]
     for name, label in (
         ("accept_length", "accept length"),
         ("walked_accept_length", "  walked"),
@@ -53,6 +54,7 @@ def decoding_rows(figures: dict[str, Any]) -> list[Row]:
     for depth in range(figures["num_draft_tokens"]):
         rates = (f"{result['accept_rate'][depth]:.1%}" for result in results)
         rows.append((f"accepted at depth {depth + 1}", "", *rates))
+    rows.append(("draft forwards a round", "", *(_number(result["draft_forwards_per_round"]) for result in results)))
     rows.append(("tokens a second", *(f"{result['tokens_per_second']:.0f}" for result in (plain, *results))))
     rows.append(("speed-up", "1.00", *(_number(result["speedup"]) for result in results)))
     for name, label in (("prefill", "prompts, s"), ("draft", "drafting, s"), ("verify", "verifying, s")):
@@ -61,11 +63,13 @@ def decoding_rows(figures: dict[str, Any]) -> list[Row]:
 
 
 def task_rows(figures: dict[str, Any]) -> list[Row]:
-    """Return accept length by kind of prompt for the draft in question, its head first."""
-    result = next(iter(figures["drafters"].values()))
-    rows: list[Row] = [("task", "answers", "rounds", "accept length", "walked", "simulated")]
-    for task, found in result["tasks"].items():
-        lengths = (found[f"{name}accept_length"] for name in ("", "walked_", "simulated_"))
+    """Return accept length by kind of prompt, its head first: of the draft in question in full, then of the others."""
+    first, *others = figures["drafters"].values()
+    _, *names = figures["drafters"]
+    rows: list[Row] = [("task", "answers", "rounds", "accept length", "walked", "simulated", *names)]
+    for task, found in first["tasks"].items():
+        lengths = [found[f"{name}accept_length"] for name in ("", "walked_", "simulated_")]
+        lengths += [other["tasks"][task]["accept_length"] for other in others]
         rows.append((task, str(found["num_answers"]), str(found["num_rounds"]), *map(_number, lengths)))
     return rows
 
@@ -75,12 +79,13 @@ def facts(figures: dict[str, Any]) -> list[Row]:
     temperature, top_p = figures["temperature"], figures["top_p"]
     rows: list[Row] = [
         ("draft", figures["draft"]),
+        *((name, given) for name, given in figures["compared"].items()),
         ("target", figures["target"]),
         ("prompts", f"{figures['prompts']}: {figures['num_answers']} answers, {figures['batch_size']} at once"),
         ("decoding", f"temperature {temperature}, top-p {top_p}" if temperature else "greedy"),
     ]
     if figures["num_identical"] is not None:
-        rows.append(("same as without draft", f"{figures['num_identical']} of {figures['num_answers']} answers"))
+        rows.append(("same as without drafts", f"{figures['num_identical']} of {figures['num_answers']} answers"))
     if figures["num_unasked"]:
         rows.append(("not asked", f"{figures['num_unasked']} turns, after answers that reached the limit"))
     if figures["num_left_out"]:
@@ -110,25 +115,36 @@ def write_evaluation(evaluation: Evaluation, directory: Path) -> None:
 
 
 def plot_decoding(figures: dict[str, Any], directory: Path) -> str | None:
-    """Write ``decoding.png`` and return its name: acceptance by depth, accept length by task, time a token."""
+    """Write ``decoding.png`` and return its name: acceptance by depth, accept length by task, work, time a token."""
     drafters = figures["drafters"]
-    first = next(iter(drafters.values()))
+    tasks = list(next(iter(drafters.values()))["tasks"])
 
     def paint(axes: Sequence[Any]) -> None:
-        depth, task, time = axes
+        depth, task, work, time = axes
         depths = range(1, figures["num_draft_tokens"] + 1)
         for name, result in drafters.items():
             depth.plot(depths, result["accept_rate"], label=name, marker="o")
         depth.set(title="rounds that accepted the draft", xlabel="depth", ylim=(0, 1), xticks=list(depths))
-        tasks = first["tasks"]
-        places = range(len(tasks))
-        task.barh(places, [found["accept_length"] for found in tasks.values()], color="tab:gray", label="real")
-        for key, mark in (("walked", "o"), ("simulated", "|")):
-            lengths = [found[f"{key}_accept_length"] for found in tasks.values()]
-            task.plot(lengths, places, mark, color="black", label=key)
-        task.set(title="accept length", xlabel="tokens a round", yticks=list(places), yticklabels=list(tasks))
+        height = 0.8 / len(drafters)
+        middles = [place + 0.4 - height / 2 for place in range(len(tasks))]
+        for number, (name, result) in enumerate(drafters.items()):
+            places = [place + number * height for place in range(len(tasks))]
+            found = [result["tasks"][kind] for kind in tasks]
+            task.barh(places, [one["accept_length"] for one in found], height=height, label=name)
+            for key, mark in (("walked", "o"), ("simulated", "|")):
+                label = None if number else key
+                task.plot([one[f"{key}_accept_length"] for one in found], places, mark, color="black", label=label)
+        task.set(title="accept length", xlabel="tokens a round", yticks=middles, yticklabels=tasks)
         task.set(xlim=(0, figures["num_draft_tokens"] + 2))  # room for the legend
         task.invert_yaxis()
+        for number, (key, label) in enumerate(
+            (("draft_forwards_per_round", "draft forwards a round"), ("speedup", "speed-up"))
+        ):
+            places = [place + 0.4 * number for place in range(len(drafters))]
+            work.bar(places, [result[key] or 0.0 for result in drafters.values()], width=0.4, label=label)
+        work.set(title="work and speed", xticks=[place + 0.2 for place in range(len(drafters))])
+        work.set(xticklabels=list(drafters))
+        work.margins(y=0.4)  # room for the legend
         bottom = [0.0] * (len(drafters) + 1)
         names = ["no draft", *drafters]
         for phase, color in (("draft", "tab:green"), ("verify", "tab:purple")):
@@ -140,7 +156,7 @@ def plot_decoding(figures: dict[str, Any], directory: Path) -> str | None:
             bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
         time.set(title="time a token", ylabel="ms")
 
-    return write_plot(directory / "decoding.png", 3, paint)
+    return write_plot(directory / "decoding.png", 4, paint)
 
 
 def _number(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,12 @@ Row = Sequence[str]
 
 def text_table(rows: Sequence[Row]) -> list[str]:
     """Return the lines of a table for the terminal, the first column to the left, the others to the right."""
-    return [f"{first:<{_FIRST_COLUMN}}" + "".join(f"{cell:>{_COLUMN}}" for cell in others) for first, *others in rows]
+    columns = list(zip_longest(*(others for _, *others in rows), fillvalue=""))
+    widths = [max(_COLUMN, 1 + max(map(len, column))) for column in columns]
+    return [
+        f"{first:<{_FIRST_COLUMN}}" + "".join(f"{cell:>{width}}" for cell, width in zip(others, widths, strict=False))
+        for first, *others in rows
+    ]
 
 
 def text_facts(rows: Sequence[Row]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +13,23 @@ from eagle_offline.errors import DataError
 from eagle_offline.evaluation_page import EXPLANATION, decoding_rows, facts, plot_decoding, read_evaluation, task_rows
 from eagle_offline.inspection import describe_cache
 from eagle_offline.pages import html_facts, html_plot, html_table, text_facts, text_table, write_page, write_plot
+from eagle_offline.run_comparison import BY_DEPTH, compare_runs, comparison_notes, comparison_rows, plot_comparison
 from eagle_offline.training.logbook import read_metrics
 
 
-def summarize_run(run: Path, stages_file: Path | None = None, evaluation: Path | None = None) -> dict[str, Any]:
-    """Return a run's cache, its first and last validation, the seconds of its stages, and real decoding if given.
+def summarize_run(
+    run: Path, stages_file: Path | None = None, evaluation: Path | None = None, compare: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Return a run's cache, its first and last validation, the seconds of its stages, and what else is given.
+
+    Args:
+        run: output directory of `train`.
+        stages_file: seconds of each stage.
+        evaluation: output directory of `evaluate`, for real decoding.
+        compare: further runs; see `compare_runs`.
 
     Raises:
-        DataError: there is no run, or it has no validation on held-out documents yet.
+        DataError: there is no run, or one has no validation on held-out documents yet.
     """
     try:
         cache_paths = [Path(path) for path in json.loads((run / "train.json").read_text())["cache"]]
@@ -30,6 +40,7 @@ def summarize_run(run: Path, stages_file: Path | None = None, evaluation: Path |
         raise DataError(f"{run}: no validation on held-out documents yet; was it trained with --heldout-share 0?")
     caches = [describe_cache(path) for path in cache_paths]
     seconds = json.loads(stages_file.read_text()) if stages_file is not None and stages_file.is_file() else {}
+    decoded = None if evaluation is None else read_evaluation(evaluation)
     return {
         "run": str(run),
         "cache": _added_up(caches),
@@ -37,7 +48,8 @@ def summarize_run(run: Path, stages_file: Path | None = None, evaluation: Path |
         "untrained": heldout[0],
         "trained": heldout[-1],
         "seconds": seconds,
-        "evaluation": None if evaluation is None else read_evaluation(evaluation),
+        "evaluation": decoded,
+        "comparison": compare_runs(run, compare, decoded) if compare else None,
     }
 
 
@@ -54,8 +66,10 @@ def table_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return the lines of the table: what, untrained, trained."""
     before, after = summary["untrained"], summary["trained"]
     rows = [("held-out loss", f"{before['loss']:.3f}", f"{after['loss']:.3f}")]
-    for depth, (one, two) in enumerate(zip(before["top1"], after["top1"], strict=True), start=1):
-        rows.append((f"top-1 at depth {depth}", f"{one:.1%}", f"{two:.1%}"))
+    for metric, label, form in BY_DEPTH:
+        # A run of an older version has no loss and no survival by depth.
+        for depth, (one, two) in enumerate(zip(before.get(metric, ()), after.get(metric, ()), strict=False), start=1):
+            rows.append((f"{label} {depth}", form.format(one), form.format(two)))
     for name in ("simulated_accept_length", "walked_accept_length"):
         rows.append((name.replace("_", " "), f"{before[name]:.2f}", f"{after[name]:.2f}"))
     return rows
@@ -81,6 +95,8 @@ def render_text(summary: dict[str, Any]) -> str:
     """Return the table for the terminal."""
     lines = text_facts(cache_rows(summary))
     lines += ["", *text_table([("held-out conversations", "untrained", "trained"), *table_rows(summary)])]
+    if summary["comparison"] is not None:
+        lines += ["", *text_table(comparison_rows(summary["comparison"])), *comparison_notes(summary["comparison"])]
     if summary["evaluation"] is not None:
         lines += ["", *text_table(decoding_rows(summary["evaluation"]))]
     if summary["seconds"]:
@@ -101,6 +117,11 @@ def write_report(summary: dict[str, Any], run: Path, directory: Path) -> None:
         plot = plot_decoding(evaluation, directory)
         tables = html_table(decoding_rows(evaluation)) + html_plot(plot) + html_table(task_rows(evaluation))
         sections.append(("Real decoding", html_facts(facts(evaluation)) + EXPLANATION + tables))
+    comparison = summary["comparison"]
+    if comparison is not None:
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in comparison_notes(comparison))
+        plot = plot_comparison(comparison, directory)
+        sections.append(("Beside other runs", notes + html_table(comparison_rows(comparison)) + html_plot(plot)))
     curves = _plot_curves(read_metrics(run), summary, directory)
     heldout = html_table([("", "untrained", "trained"), *table_rows(summary)])
     sections += [

@@ -6,7 +6,6 @@ import base64
 import difflib
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from eagle_offline.config import PlotSettings
 from eagle_offline.durable import require_writable, write_bytes
 from eagle_offline.errors import DataError, UsageError, one_line
 from eagle_offline.pages import Row, html_table, write_page
-from eagle_offline.training.logbook import METRICS_FILE, read_metrics
+from eagle_offline.run_curves import RunCurves, is_number, read_runs
 
 # What a panel's y axis says, for every metric that can be drawn over steps.
 _OVER_STEPS = {
@@ -33,7 +32,10 @@ _OVER_STEPS = {
 _OVER_DEPTHS = {
     "top1": "top-1 by depth at the last validation",
     "conditional_top1": "top-1, given all before it were right, at the last validation",
+    "survival": "all right up to this depth, at the last validation",
+    "step_loss": "loss by depth at the last validation, nats",
 }
+_SHARES = ("top1", "conditional_top1", "survival")
 METRICS = (*_OVER_STEPS, *_OVER_DEPTHS)
 # Drawn unless metrics are named, where a run has them.
 _USUAL = (
@@ -42,6 +44,7 @@ _USUAL = (
     "simulated_accept_length",
     "expected_accept_length",
     "top1",
+    "survival",
     "tokens_per_second",
     "data_wait_share",
 )
@@ -66,38 +69,6 @@ _LEGEND_CHARACTERS = 60
 _LEGEND_COLUMNS = 4
 _LEGEND_LINE_INCHES = 0.25
 _NAMED_RUNS = 3  # in a page's title
-
-
-@dataclass(frozen=True)
-class RunCurves:
-    """A run's metrics under the name that the legend gives it."""
-
-    name: str
-    rows: list[dict[str, Any]]
-
-    def over_steps(self, kind: str, metric: str) -> tuple[list[float], list[float]]:
-        """Return steps and values of the rows of ``kind`` that have ``metric``."""
-        found = [
-            (row["step"], row[metric])
-            for row in self.rows
-            if row.get("kind") == kind and _is_number(row.get("step")) and _is_number(row.get(metric))
-        ]
-        return [step for step, _ in found], [value for _, value in found]
-
-    def over_depths(self, metric: str) -> list[float]:
-        """Return ``metric`` at the last validation, one entry a depth; empty without one."""
-        values = self.last_heldout().get(metric)
-        return values if isinstance(values, list) and all(map(_is_number, values)) else []
-
-    def last_heldout(self) -> dict[str, Any]:
-        """Return the row of the last validation; empty without one."""
-        return next((row for row in reversed(self.rows) if row.get("kind") == "heldout"), {})
-
-    def has(self, metric: str) -> bool:
-        """Say whether there is anything to draw."""
-        if metric in _OVER_DEPTHS:
-            return bool(self.over_depths(metric))
-        return any(self.over_steps(kind, metric)[0] for kind in ("train", "heldout"))
 
 
 def plot_runs(settings: PlotSettings) -> Path:
@@ -125,34 +96,6 @@ def plot_runs(settings: PlotSettings) -> Path:
     else:
         _write_page(output, runs, picture)
     return output
-
-
-def read_runs(directories: Sequence[Path]) -> list[RunCurves]:
-    """Return each run once, in order, under names that are all unlike.
-
-    Raises:
-        DataError: one is missing, has no metrics, or damaged ones.
-    """
-    by_place: dict[Path, Path] = {}
-    for directory in directories:
-        by_place.setdefault(directory.resolve(), directory)
-    rows = [_read_rows(directory) for directory in by_place.values()]
-    return [RunCurves(name, own) for name, own in zip(unlike_names(list(by_place)), rows, strict=True)]
-
-
-def unlike_names(paths: Sequence[Path]) -> list[str]:
-    """Return the last part of each path, and as many before it as tell it from paths that end alike.
-
-    ``/a/x/run``, ``/a/y/run`` and ``/a/z/other`` give ``x/run``, ``y/run`` and ``other``.
-    """
-    names = []
-    for path in paths:
-        alike = [other for other in paths if other != path and other.name == path.name]
-        length = 1
-        while any(other.parts[-length:] == path.parts[-length:] for other in alike):
-            length += 1
-        names.append(str(Path(*path.parts[-length:])))
-    return names
 
 
 def draw(runs: Sequence[RunCurves], metrics: Sequence[str]) -> bytes:
@@ -197,7 +140,7 @@ def _draw_depths(axis: Any, runs: Sequence[RunCurves], colors: Sequence[Any], me
     for run, color in zip(runs, colors, strict=True):
         values = run.over_depths(metric)
         axis.plot(range(1, len(values) + 1), values, color=color, **_STYLES["heldout"])
-    axis.set(title=_OVER_DEPTHS[metric], xlabel="depth", ylim=(0, 1))
+    axis.set(title=_OVER_DEPTHS[metric], xlabel="depth", **({"ylim": (0, 1)} if metric in _SHARES else {}))
 
 
 def _add_legend(figure: Any, runs: Sequence[RunCurves], colors: Sequence[Any], columns: int) -> None:
@@ -232,28 +175,9 @@ def heldout_rows(runs: Iterable[RunCurves]) -> list[Row]:
     rows: list[Row] = [("run", *(name.replace("_", " ") for name in _TABLE), "top-1 by depth")]
     for run in runs:
         last = run.last_heldout()
-        cells = (form.format(last[name]) if _is_number(last.get(name)) else "–" for name, form in _TABLE.items())
+        cells = (form.format(last[name]) if is_number(last.get(name)) else "–" for name, form in _TABLE.items())
         depths = " ".join(f"{value:.0%}" for value in run.over_depths("top1"))
         rows.append((run.name, *cells, depths or "–"))
-    return rows
-
-
-def _read_rows(directory: Path) -> list[dict[str, Any]]:
-    if not directory.is_dir():
-        raise DataError(f"{directory}: no such directory; name output directories of `train`")
-    path = directory / METRICS_FILE
-    try:
-        rows = read_metrics(directory)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; leave this run out") from error
-    except ValueError as error:
-        raise DataError(
-            f"{path}: damaged ({one_line(error)}); remove the damaged line, or leave this run out"
-        ) from error
-    if not rows:
-        raise DataError(f"{directory}: no metrics here ({METRICS_FILE} is missing or empty); expected a run of `train`")
-    if not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: expected one JSON object a line; remove other lines, or leave this run out")
     return rows
 
 
@@ -296,7 +220,3 @@ def _require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UsageError(f"plot: {one_line(error)}; install it with: pip install 'eagle-offline[plots]'") from error
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

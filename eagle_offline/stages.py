@@ -535,7 +535,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     Raises:
         EagleOfflineError: see `eagle_offline.errors`.
     """
-    from eagle_offline.serving.export import export_draft
+    from eagle_offline.serving.export import export_draft, reason_against_speculators
     from eagle_offline.target.layout import default_aux_layer_ids
     from eagle_offline.target.load import load_config, resolve_target
 
@@ -560,11 +560,9 @@ def export(settings: ExportSettings) -> dict[str, Any]:
     layouts: tuple[Literal["flat", "speculators"], ...] = ("flat", "speculators")
     if settings.to != "both":
         layouts = (settings.to,)
-    elif draft.model.config.target_hidden_size != draft.model.config.hidden_size:
+    elif (reason := reason_against_speculators(draft.model.config)) is not None:
         layouts = ("flat",)
-        sys.stderr.write(
-            "export: no speculators directory: its config has no place for another width than the target's\n"
-        )
+        sys.stderr.write(f"export: no speculators directory: {reason}\n")
     require_writable(root, "--output-dir")
     return {
         layout: export_draft(
@@ -641,7 +639,9 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
         # Before anything is decoded: what cannot be written is not worth waiting for.
         require_writable(settings.output_dir, "--output-dir")
     with StopRequest(0) as stop:
-        evaluation = evaluate_draft(settings, load_draft(settings.draft, "--draft"), stop)
+        draft = load_draft(settings.draft, "--draft")
+        compared = [load_draft(name, "--compare") for name in settings.compare]
+        evaluation = evaluate_draft(settings, draft, compared, stop)
     if settings.output_dir is not None:
         write_evaluation(evaluation, settings.output_dir)
     return evaluation
@@ -655,7 +655,7 @@ def report(settings: ReportSettings) -> dict[str, Any]:
     """
     from eagle_offline.reporting import summarize_run, write_report
 
-    summary = summarize_run(settings.run, settings.stages_file, settings.evaluation)
+    summary = summarize_run(settings.run, settings.stages_file, settings.evaluation, settings.compare)
     write_report(summary, settings.run, settings.output_dir)
     return summary
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +88,7 @@ class RunSettings(Settings):
 class DraftSettings(Settings):
     """What the draft is made of. Left alone, it is one Llama layer as wide as the target, on all captured layers."""
 
-    num_draft_layers: int = setting(1, "Decoder layers of the draft.", gt=0)
+    num_draft_layers: int | None = setting(None, "Decoder layers of the draft; default 1, of P-EAGLE 4.", gt=0)
     layer_style: Literal["llama", "qwen3"] = setting(
         "llama", "qwen3: queries and keys are normalised; vLLM and speculators load it, SGLang does not."
     )
@@ -125,21 +126,85 @@ class DraftSettings(Settings):
 class ObjectiveSettings(Settings):
     """What is minimised."""
 
-    objective: Literal["eagle3"] = setting("eagle3", "What is trained.")
-    ttt_steps: int = setting(7, "Unroll steps of test-time training.", flags=("--ttt-length",), gt=0, le=32)
-    step_decay: float = setting(0.8, "Weight of an unroll step relative to the one before.", gt=0, le=1)
+    objective: Literal["eagle3", "peagle"] = setting(
+        "eagle3", "What is trained: eagle3 drafts a token a forward, peagle (P-EAGLE) all of them in one."
+    )
+    ttt_steps: int = setting(7, "EAGLE-3: unroll steps of test-time training.", flags=("--ttt-length",), gt=0, le=32)
+    step_decay: float = setting(0.8, "EAGLE-3: weight of an unroll step relative to the one before.", gt=0, le=1)
+    num_depths: int = setting(8, "P-EAGLE: tokens predicted in one forward.", gt=0, le=32)
+    down_sample_ratio: float = setting(
+        0.7, "P-EAGLE: of each depth's positions, this share is trained on at the next depth.", gt=0, le=1
+    )
+    down_sample_ratio_min: float = setting(0.2, "P-EAGLE: share of the positions that every depth keeps.", ge=0, le=1)
+    depth_weights: tuple[float, ...] | None = setting(
+        None, "P-EAGLE: weight of a position at each depth, --num-depths numbers; default all 1."
+    )
+    depth_mean: Literal["elements", "depths"] = setting(
+        "elements", "P-EAGLE: one mean over all positions of all depths, or the mean of a mean for each depth."
+    )
+    sequence_partitions: int = setting(
+        1, "P-EAGLE: predictions of a pack are made in so many parts, one after the other: less memory.", gt=0, le=1024
+    )
+    mask_token_id: int | None = setting(
+        None,
+        "P-EAGLE: token that stands for those not known yet; default a reserved or unused one of the target's.",
+        ge=0,
+    )
     supervision_gate: Literal["input", "predicted", "both"] = setting(
         "input", "Which slots count: those whose input token the assistant wrote, whose predicted one, or both."
     )
     lk_loss_type: Literal["alpha", "lambda"] | None = setting(
-        None, "LK loss instead of soft cross-entropy: -log of the overlap, or a blend that turns to the overlap."
+        None, "EAGLE-3: LK loss instead of cross-entropy: -log of the overlap, or a blend that turns to the overlap."
     )
     lk_kl_scale: float = setting(1.0, "Largest share of soft cross-entropy in the lambda loss.", ge=0, le=1)
     lk_kl_decay: float = setting(3.0, "How fast that share falls as the overlap grows.", ge=0)
 
+    @property
+    def num_steps(self) -> int:
+        """How many tokens the draft is trained to predict: unroll steps, or depths."""
+        return self.num_depths if self.objective == "peagle" else self.ttt_steps
+
+    @field_validator("depth_weights", mode="before")
+    @classmethod
+    def _split_weights(cls, value: Any) -> Any:
+        return listed(value)
+
+
+# Settings that one objective alone asks for, beside those of `DraftSettings` that only an unroll can follow.
+_OF_EAGLE3 = ("ttt_steps", "step_decay", "lk_loss_type", "lk_kl_scale", "lk_kl_decay", "norm_output")
+_OF_PEAGLE = (
+    "num_depths", "down_sample_ratio", "down_sample_ratio_min", "depth_weights", "depth_mean", "sequence_partitions",
+    "mask_token_id",
+)  # fmt: skip
+
 
 class TrainSettings(ObjectiveSettings, DraftSettings, RunSettings):
-    """EAGLE-3 training from a cache; the target is never loaded."""
+    """Training of a draft from a cache; the target is never loaded."""
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the draft: 1, or 4 where all tokens come of one forward."""
+        return self.num_draft_layers or (4 if self.objective == "peagle" else 1)
+
+    @model_validator(mode="after")
+    def _of_the_objective(self) -> TrainSettings:
+        others = _OF_EAGLE3 if self.objective == "peagle" else _OF_PEAGLE
+        for name in others:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                other = "eagle3" if self.objective == "peagle" else "peagle"
+                raise UsageError(
+                    f"train --{name.replace('_', '-')} has no meaning for --objective {self.objective}: leave it out, "
+                    f"or give --objective {other}"
+                )
+        weights = self.depth_weights
+        if weights is not None:
+            if len(weights) != self.num_depths:
+                raise UsageError(
+                    f"train --depth-weights has {len(weights)} values for --num-depths {self.num_depths}: give one each"
+                )
+            if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+                raise UsageError("train --depth-weights: expected finite numbers from 0, at least one above")
+        return self
 
     @model_validator(mode="after")
     def _agree(self) -> TrainSettings:

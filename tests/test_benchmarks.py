@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import (
     ablation,
+    ablation_peagle,
     accept_by_encoding,
     accept_lengths,
     cache_size,
@@ -26,6 +27,7 @@ from benchmarks import (
 )
 from benchmarks.harness import Row, read_rows
 from eagle_offline.pipeline import run_pipeline
+from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training import corpus
 
 
@@ -190,6 +192,26 @@ def test_ablation_judges_every_seed_by_itself(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_ablation_of_p_eagle_says_what_each_depth_accepts(tmp_path, monkeypatch):
+    example = _micro_example(tmp_path, monkeypatch)
+    training = {**ablation_peagle.TRAINING, "max_steps": 1, "tokens_per_batch": 512}
+    for name in ("depth_weights rising to 2", "1 draft layer"):
+        figures = ablation_peagle.measure(example, tmp_path, training, name, 0)
+        for way in accept_lengths.WAYS:
+            rates = [figures[f"accept_rate_{way}_{depth}"] for depth in range(1, accept_lengths.CHAIN + 1)]
+            assert figures[f"accept_length_{way}"] == pytest.approx(1 + sum(rates))
+            assert rates == sorted(rates, reverse=True)
+
+
+def test_every_option_of_the_ablations_can_be_trained():
+    for benchmark, training in ((ablation, accept_lengths.TRAINING), (ablation_peagle, ablation_peagle.TRAINING)):
+        for name, options in benchmark.VARIANTS.items():
+            placed = {key: value for key, value in options.items() if value not in ("last", "half")}
+            settings = TrainSettings(**{**training, "cache": "cache", "output_dir": "run", **placed})
+            assert settings.num_steps == options.get("ttt_steps", accept_lengths.CHAIN), name
+
+
+@pytest.mark.slow
 def test_accept_by_encoding_trains_on_what_it_converted(tmp_path, monkeypatch):
     example = _micro_example(tmp_path, monkeypatch)
     training = {**accept_lengths.TRAINING, "ttt_steps": 2, "max_steps": 1, "tokens_per_batch": 512}
@@ -209,16 +231,26 @@ class _DoneWork:
         figures = {f"accept_length_{way}": sum(lengths) / 3 for way in accept_lengths.WAYS}
         for way in accept_lengths.WAYS:
             figures |= {f"accept_length_{way}_seed{seed}": value for seed, value in enumerate(lengths)}
+            figures |= {f"accept_rate_{way}_{depth}": 0.9 / depth for depth in range(1, accept_lengths.CHAIN + 1)}
         return figures
 
 
-@pytest.mark.parametrize(("benchmark", "case"), [(ablation, "fc_norm"), (accept_by_encoding, "fp8")])
-def test_tables_of_accept_lengths_pair_seeds(benchmark, case, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("benchmark", "case", "rates"),
+    [
+        (ablation, "fc_norm", ""),
+        (accept_by_encoding, "fp8", ""),
+        (ablation_peagle, "fc_norm", " 90%, 45%, 30%, 22%, 18% |"),
+    ],
+)
+def test_tables_of_accept_lengths_pair_seeds(benchmark, case, rates, tmp_path, monkeypatch):
     rest = {"benchmark": benchmark.NAME, "environment": {}, "code": "", "measured_at": ""}
     rows = [Row(case=name, figures=_DoneWork().figures(name), **rest) for name in (accept_lengths.BASELINE, case)]
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     harness.results_file(benchmark.NAME, "cpu").write_text("".join(row.model_dump_json() + "\n" for row in rows))
-    assert f"| {case} | 3.30 | +0.10 ± 0.10 | 3.30 | +0.10 ± 0.10 |" in benchmark.table().splitlines()
+    lines = benchmark.table().splitlines()
+    assert f"| {case} | 3.30 | +0.10 ± 0.10 | 3.30 | +0.10 ± 0.10 |{rates}" in lines
+    assert len({line.count("|") for line in lines}) == 1
 
 
 def test_accept_by_encoding_says_differences_by_seed():

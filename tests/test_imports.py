@@ -21,8 +21,8 @@ PACKAGE = Path(eagle_offline.__file__).parent
 MAY_IMPORT = {
     "training": {"data", "objectives", "draft", "supervision"},
     "data": {"cache", "alignment", "supervision"},
-    "objectives": {"alignment", "supervision"},
-    "draft": {"alignment", "supervision"},
+    "objectives": {"alignment", "supervision", "element_attention"},
+    "draft": {"alignment", "supervision", "element_attention"},
     "cache": {"supervision", "vocab"},
     "target": {"supervision", "alignment"},
     "text": set(),
@@ -108,7 +108,7 @@ def test_imports_point_downward_only(part):
             assert other is None or other in allowed, f"{name_of(path)} imports {module}"
 
 
-@pytest.mark.parametrize("part", ["alignment", "supervision", "vocab", *sorted(FOUNDATION)])
+@pytest.mark.parametrize("part", ["alignment", "supervision", "vocab", "element_attention", *sorted(FOUNDATION)])
 def test_the_foundation_imports_nothing_above_it(part):
     for path in files_of(part):
         for module in imports_of(path):
@@ -214,7 +214,7 @@ def test_inspecting_a_cache_needs_no_torch():
     assert not loaded_after(command("inspect-manifest", shared_cache(), "--json")) & HEAVY
 
 
-# DESIGN.md, public Python API: names, parameters in order, and the defaults it gives. P-EAGLE comes with its own issue.
+# DESIGN.md, public Python API: names, parameters in order, and the defaults it gives.
 SIGNATURES = {
     "compute_target_distribution": "target_logits, selected_token_ids, selected_token_mask, loss_mask",
     "shift_left_with_zero": "tensor",
@@ -226,6 +226,22 @@ SIGNATURES = {
         "self, input_ids, attention_mask, loss_mask, aux_hidden_states, target_logits=None, target_probs=None, "
         "position_mask=None, position_ids=None, seq_lens=None, doc_remaining=None"
     ),
+    "PEagleTrainerModule": (
+        "draft_model, selected_token_ids, selected_token_mask, num_depths, mask_token_id, down_sample_ratio=0.7, "
+        "down_sample_ratio_min=0.2, sequence_partitions=1"
+    ),
+    "PEagleTrainerModule.forward": (
+        "self, input_ids, attention_mask, loss_mask, aux_hidden_states, target_logits=None, peagle_segment=None, "
+        "target_probs=None, position_mask=None, position_ids=None, seq_lens=None, generator=None"
+    ),
+    "PEagleTrainerModule.build_peagle_plan": (
+        "self, loss_mask, attention_mask=None, position_ids=None, seq_lens=None, generator=None"
+    ),
+    "generate_cod_sample_indices": (
+        "seq_length, loss_mask, num_depths=8, down_sample_ratio=0.7, down_sample_ratio_min=0.2, generator=None"
+    ),
+    "assign_cod_segments": "anchor_pos, depth, seq_length, num_segments",
+    "create_peagle_mask_mod": "anchor_pos, depth, lengths, total_seq_len",
     "Eagle3DraftModel.project_hidden_states": "self, aux",
     "Eagle3DraftModel.forward": (
         "self, input_ids, projected_hidden_states, attention_mask, position_ids=None, cache_hidden=None, seq_lens=None"

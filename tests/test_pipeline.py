@@ -40,7 +40,8 @@ def test_the_quickstart_is_found_by_name_and_tells_the_whole_story(tmp_path):
     stages = read_pipeline(find_pipeline("quickstart"), tmp_path)
     assert [stage.name for stage in stages] == [
         "make-corpus", "train-target", "rewrite-answers", "precompute", "precompute-heldout", "inspect-manifest",
-        "train", "export", "check-flat", "check-speculators", "evaluate", "report",
+        "train", "train-parallel", "export", "check-flat", "check-speculators", "export-parallel",
+        "check-flat-parallel", "check-speculators-parallel", "evaluate", "report",
     ]  # fmt: skip
     with pytest.raises(UsageError, match="no pipeline called nothing"):
         find_pipeline("nothing")
@@ -52,7 +53,11 @@ def test_outputs_of_the_quickstart_are_the_inputs_of_later_stages(tmp_path):
     assert stages["precompute-heldout"].input_data == (str(stages["rewrite-answers"].output_file),)
     assert stages["train"].cache == (stages["precompute"].output_dir,) == (stages["inspect-manifest"].cache,)
     assert stages["train"].heldout_cache == stages["precompute-heldout"].output_dir
+    parallel = stages["train-parallel"]
+    assert (parallel.cache, parallel.heldout_cache) == (stages["train"].cache, stages["train"].heldout_cache)
     assert stages["report"].run == stages["train"].output_dir
+    assert stages["report"].compare == (parallel.output_dir,) == (stages["export-parallel"].run,)
+    assert stages["evaluate"].compare == (str(stages["check-flat-parallel"].directory),)
 
 
 def test_stages_go_on_where_they_stopped_unless_told_otherwise(tmp_path):

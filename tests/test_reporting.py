@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.builders import run_cli
 from tests.training.caches import copied_cache, settings, shared_cache, train
 
 PNG = b"\x89PNG\r\n\x1a\n"
+BY_DEPTH = {"step_loss": [1.5, 2.5, 3.5], "survival": [0.75, 0.5, 0.25]}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +102,72 @@ def test_a_report_can_be_made_again_and_while_training_goes_on(run, tmp_path):
         ended = run_cli("report", "--run", run, "--output-dir", tmp_path / "p")
         assert ended.code == 0, ended.err
     assert not list((tmp_path / "p").glob(".*"))
+
+
+def other_run(source: Path, directory: Path, **changes: object) -> Path:
+    """A copy of a run whose settings say something else, and its last validation a loss of 1.25."""
+    shutil.copytree(source, directory)
+    shutil.rmtree(directory / "checkpoints")
+    chosen = json.loads((directory / "train.json").read_text())
+    (directory / "train.json").write_text(json.dumps({**chosen, **changes}))
+    last = {**heldout(source)[-1], "loss": 1.25, **BY_DEPTH}
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(last) + "\n")
+    return directory
+
+
+def test_other_runs_stand_beside_it_on_the_terminal_and_on_the_page(run, tmp_path):
+    beside = other_run(run, tmp_path / "beside <&>", num_draft_layers=2)
+    apart = other_run(run, tmp_path / "apart", seed=7)
+    ended = run_cli("report", "--run", run, "--output-dir", tmp_path / "p", "--compare", beside, apart)
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    (head,) = (number for number, line in enumerate(lines) if line.endswith("run <&>    beside <&>"))
+    table = {line[:26].strip(): line[26:].split() for line in lines[head + 1 : lines.index("", head)]}
+    assert table["draft layers"] == ["1", "2"]
+    assert table["loss"] == [f"{heldout(run)[-1]['loss']:.3f}", "1.250"]
+    assert table["loss at depth 3"][1] == "3.500"
+    assert table["survival to depth 2"][1] == "50.0%"
+    (said,) = (line for line in lines if line.startswith("apart is left out: it was validated on 20% of"))
+    assert "seed 7" in said
+    summary = json.loads((tmp_path / "p" / "report.json").read_text())
+    assert [entry["run"] for entry in summary["comparison"]["runs"]] == [str(run), str(beside)]
+    assert summary["comparison"]["apart"] == [said]
+    page = (tmp_path / "p" / "report.html").read_text()
+    assert html.escape(said) in page
+    assert '<img src="comparison.png"' in page
+    assert (tmp_path / "p" / "comparison.png").read_bytes().startswith(PNG)
+    assert "<&>" not in page
+
+
+def test_without_other_runs_nothing_is_said_of_them(reported):
+    directory, _ = reported
+    assert json.loads((directory / "report.json").read_text())["comparison"] is None
+    assert "Beside other runs" not in (directory / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("first", "last"), [(BY_DEPTH, BY_DEPTH), ({}, BY_DEPTH), ({}, {})])
+def test_loss_and_survival_by_depth_are_shown_where_a_run_has_them(run, tmp_path, first, last):
+    other = other_run(run, tmp_path / "run")
+    plain = [{name: value for name, value in row.items() if name not in BY_DEPTH} for row in heldout(other)]
+    rows = [plain[0] | first, *plain[1:-1], plain[-1] | last]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ended = run_cli("report", "--run", other, "--output-dir", tmp_path / "p")
+    assert ended.code == 0, ended.err
+    found = [line.split() for line in ended.out.splitlines() if line.startswith(("loss at depth", "survival to"))]
+    assert [line[-2:] for line in found] == [
+        [f"{value:{form}}"] * 2
+        for name, form in (("step_loss", ".3f"), ("survival", ".1%"))
+        for value in BY_DEPTH[name]
+    ][: 6 * bool(first)]
+
+
+def test_another_run_that_is_none_is_refused(run, tmp_path):
+    code, error = refused("--run", run, "--output-dir", tmp_path / "p", "--compare", tmp_path)
+    assert code == 4
+    assert f"{tmp_path}: no metrics here" in error
+    code, error = refused("--run", run, "--output-dir", tmp_path / "p", "--compare", "s3://bucket/run")
+    assert code == 2
 
 
 def refused(*arguments: object) -> tuple[int, str]:

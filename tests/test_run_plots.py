@@ -12,7 +12,8 @@ import pytest
 
 from eagle_offline import run_plots
 from eagle_offline.config import PlotSettings
-from eagle_offline.run_plots import METRICS, RunCurves, draw, heldout_rows, read_runs, unlike_names
+from eagle_offline.run_curves import RunCurves, read_runs, unlike_names
+from eagle_offline.run_plots import METRICS, draw, heldout_rows
 from tests.builders import run_cli
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -133,6 +134,21 @@ def test_the_expected_accept_length_is_drawn_when_a_run_has_it(here, figures):
     assert [len(points(line)) for line in lines] == [2, 3]
 
 
+def test_loss_and_survival_by_depth_are_drawn_when_a_run_has_them(here, figures):
+    rows = [{**row, "step_loss": [1.5, 2.5, 3.5], "survival": [0.8, 0.5, 0.4]} for row in metrics()]
+    runs = [make_run(here / "old"), make_run(here / "new", rows)]
+    assert run_cli("plot", *runs).code == 0
+    (survival,) = panels(figures[0])["all right up to this depth, at the last validation"]
+    assert points(survival) == [(1, 0.8), (2, 0.5), (3, 0.4)]
+    assert run_cli("plot", *runs, "--metric", "step-loss", "survival").code == 0
+    (loss,) = panels(figures[1])["loss by depth at the last validation, nats"]
+    assert points(loss) == [(1, 1.5), (2, 2.5), (3, 3.5)]
+    limits = [axis.get_ylim() for axis in figures[1].axes]
+    assert limits[0][1] > 3.5, "a loss is no share"
+    assert limits[1] == (0, 1)
+    assert "none of these runs has it" in refused(here / "old", "--metric", "survival", code=4)
+
+
 def test_metrics_asked_for_are_drawn_in_that_order(here, figures):
     run = make_run(here / "run")
     assert run_cli("plot", run, "--metric", "grad-norm", "loss", "--metric", "conditional_top1").code == 0
@@ -142,7 +158,8 @@ def test_metrics_asked_for_are_drawn_in_that_order(here, figures):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_metric_can_be_drawn(metric, here, figures):
-    rows = [{**row, "learning_rate": 0.1, "memory_bytes": 5, "expected_accept_length": 2.0} for row in metrics()]
+    extra = {"learning_rate": 0.1, "memory_bytes": 5, "expected_accept_length": 2.0}
+    rows = [{**row, **extra, "step_loss": [1.5, 2.5], "survival": TOP1} for row in metrics()]
     run_plots.plot_runs(PlotSettings(run=make_run(here / "run", rows), metric=metric))
     assert len(panels(figures[0])) == 1
 

@@ -220,6 +220,22 @@ class Cache:
             self._source.forget(name)
             raise DataError(f"{self.name}/{name}: differs from what the manifest records; {self._way_out()}")
 
+    def companion(self, name: str) -> Path | None:
+        """Return where a file stands that comes with the cache, a store's brought here first; None where it is missing.
+
+        Raises:
+            DataError: it is not what the manifest records.
+        """
+        recorded = self.manifest.files.get(name)
+        if recorded is None:
+            return None
+        try:
+            path = self._source.companion(name, recorded.num_bytes)
+        except DataError:  # the store does not have it either
+            return None
+        self._check_companion(name)
+        return path if path.is_file() else None
+
     def _check_floats(self, name: str, values: torch.Tensor, *shape: int) -> None:
         if tuple(values.shape) != shape or not values.is_floating_point():
             found = f"{values.dtype} {tuple(values.shape)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -14,6 +14,9 @@ from eagle_offline.draft.layers import LAYER_STYLES, DraftLayer, LayerStyle, Rot
 
 # One entry a step: the step's keys (or values) of one layer, or a tuple of them with several layers.
 CacheHidden = list[list[Any]]
+
+# Queries ``[B, heads, M, head_dim]``, keys and values with ``kv_heads`` -> attention output like the queries.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Eagle3DraftConfig(LlamaConfig):
@@ -27,7 +30,7 @@ class Eagle3DraftConfig(LlamaConfig):
         fc_norm: normalise each aux state before the projection (EAGLE-3.1).
         norm_output: feed the normed state back to the next step (EAGLE-3.1).
         parallel_drafting: the draft predicts all depths in one forward (P-EAGLE).
-        mask_token_id: the token that stands for one not yet known (P-EAGLE).
+        mask_token_id: the token that stands for one not yet known; P-EAGLE needs one.
         num_hidden_layers: draft layers (1).
     """
 
@@ -48,6 +51,8 @@ class Eagle3DraftConfig(LlamaConfig):
     ):
         if layer_style not in LAYER_STYLES:
             raise ValueError(f"layer_style: expected one of {', '.join(LAYER_STYLES)}, found {layer_style!r}")
+        if parallel_drafting and mask_token_id is None:
+            raise ValueError("mask_token_id: parallel drafting needs one")
         super().__init__(num_hidden_layers=num_hidden_layers, **kwargs)
         self.draft_vocab_size = self.vocab_size if draft_vocab_size is None else draft_vocab_size
         self.target_hidden_size = self.hidden_size if target_hidden_size is None else target_hidden_size
@@ -60,11 +65,15 @@ class Eagle3DraftConfig(LlamaConfig):
 
 
 class Eagle3DraftModel(PreTrainedModel):
-    """An EAGLE-3 draft.
+    """An EAGLE-3 or P-EAGLE draft.
 
     Parameter names are those that serving engines read, with ``layers.0`` for the layer some call ``midlayer``.
 
-    Source: EAGLE-3, arXiv 2503.01840; parameter names of the published EAGLE-3 checkpoints.
+    Attributes:
+        mask_hidden: ``[1, 1, A·H_target]``, what stands for the aux states of a position that the target has not seen
+            yet; None unless the config says ``parallel_drafting``.
+
+    Source: EAGLE-3, arXiv 2503.01840; P-EAGLE, arXiv 2602.01469; parameter names of the published checkpoints.
     """
 
     config_class = Eagle3DraftConfig
@@ -86,6 +95,7 @@ class Eagle3DraftModel(PreTrainedModel):
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.mask_hidden = nn.Parameter(torch.randn(1, 1, num_aux * aux_size)) if config.parallel_drafting else None
         self.rotary = RotaryEmbedding(config)
         self.post_init()
 
@@ -102,6 +112,11 @@ class Eagle3DraftModel(PreTrainedModel):
             chunks = aux.chunk(len(self.fc_norm), dim=-1)
             aux = torch.cat([norm(chunk) for norm, chunk in zip(self.fc_norm, chunks, strict=True)], dim=-1)
         return self.fc(aux)
+
+    def project_mask_hidden(self) -> Tensor:
+        """Return what stands for ``g_0`` at depths ≥ 1 of a P-EAGLE draft, ``[1, 1, H]``."""
+        assert self.mask_hidden is not None, "not a P-EAGLE draft"
+        return self.project_hidden_states(self.mask_hidden)
 
     def forward(
         self,
@@ -147,6 +162,26 @@ class Eagle3DraftModel(PreTrainedModel):
             hidden = layer.after_attention(hidden, attended)
         key_steps.append(step_keys[0] if len(self.layers) == 1 else tuple(step_keys))
         value_steps.append(step_values[0] if len(self.layers) == 1 else tuple(step_values))
+        return self.norm(hidden) if self.config.norm_output else hidden
+
+    def forward_parallel(
+        self, input_ids: Tensor, projected_hidden_states: Tensor, position_ids: Tensor, attend: Attend
+    ) -> Tensor:
+        """Run all elements of flat sequences through all layers at once; return what `compute_logits` takes.
+
+        Args:
+            input_ids: int64 ``[B, M]``, ``mask_token_id`` where the token is not known yet.
+            projected_hidden_states: ``[B, M, H]``, `project_mask_hidden` where the state is not known yet.
+            position_ids: int64 ``[B, M]``.
+            attend: who reads whom; the same for all layers.
+        """
+        hidden = projected_hidden_states
+        cos, sin = self.rotary(position_ids, hidden.dtype)
+        embedding = self.embed_tokens(input_ids).to(hidden.dtype)
+        for layer in cast(Iterable[DraftLayer], self.layers):
+            attention = layer.self_attn
+            heads = attend(*attention.project(layer.attention_input(hidden, embedding), cos, sin))
+            hidden = layer.after_attention(hidden, attention.output(heads))
         return self.norm(hidden) if self.config.norm_output else hidden
 
     def before_head(self, hidden: Tensor) -> Tensor:

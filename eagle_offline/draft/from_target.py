@@ -103,6 +103,7 @@ def draft_config(
     intermediate_size: int | None = None,
     num_attention_heads: int | None = None,
     num_key_value_heads: int | None = None,
+    mask_token_id: int | None = None,
 ) -> Eagle3DraftConfig:
     """Return the config of a draft with the target's rotary positions; sizes left out are the target's.
 
@@ -118,6 +119,7 @@ def draft_config(
         fc_norm, norm_output: EAGLE-3.1.
         layer_style: of all its layers.
         hidden_size, intermediate_size, num_attention_heads, num_key_value_heads: of the draft.
+        mask_token_id: of a draft that drafts in parallel; None for one that does not.
 
     Raises:
         UsageError: sizes that make no model, or that the target does not have; names the flag.
@@ -142,6 +144,8 @@ def draft_config(
         fc_norm=fc_norm,
         norm_output=norm_output,
         layer_style=layer_style,
+        parallel_drafting=mask_token_id is not None,
+        mask_token_id=mask_token_id,
         tie_word_embeddings=False,
     )
     if num_attention_heads is not None:

@@ -124,7 +124,11 @@ class UnrollAttention(nn.Module):
         output = weights[..., :num_slots] @ values[0]
         for step, value in enumerate(values[1:]):
             output = output + weights[..., num_slots + step, None] * value
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        return self.output(output)
+
+    def output(self, heads: Tensor) -> Tensor:
+        """Return what the layer adds to its residual stream, ``[B, T, H]``, for heads ``[B, heads, T, head_dim]``."""
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
 
 
 def _normed(heads: Tensor, norm: nn.Module | None) -> Tensor:

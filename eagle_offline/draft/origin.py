@@ -42,7 +42,8 @@ class DraftOrigin(BaseModel):
         cache_digest: of the cache's identity.
         dataset: the corpus, as the cache's manifest names it.
         draft_vocab_digest, draft_vocab_coverage: the draft vocabulary, and its share of the supervised tokens.
-        objective, ttt_steps: what was trained, over how many unroll steps.
+        objective: ``eagle3`` or ``peagle``.
+        ttt_steps: unroll steps of EAGLE-3. num_depths: depths of P-EAGLE.
         embeddings_trained: whether the token embeddings differ from the target's.
         init_from: the draft whose weights it started from, as the user called it; None for the target's alone.
         step: optimizer steps done.
@@ -69,7 +70,8 @@ class DraftOrigin(BaseModel):
     draft_vocab_digest: str
     draft_vocab_coverage: float = Field(ge=0, le=1)
     objective: str
-    ttt_steps: int = Field(gt=0)
+    ttt_steps: int | None = Field(default=None, gt=0)
+    num_depths: int | None = Field(default=None, gt=0)
     embeddings_trained: bool
     init_from: str | None = None
     step: int = Field(ge=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from eagle_offline.errors import MismatchError
 
 _EMBEDDINGS = "embed_tokens.weight"
 _HEAD = "lm_head.weight"
+_MASK = "mask_hidden"
 
 # Config fields that decide which parameters there are and what becomes of them, each with the flag that sets it.
 _SIZE_FLAGS = {
@@ -27,6 +28,14 @@ _SIZE_FLAGS = {
 }
 _SWITCH_FLAGS = {"fc_norm": "--fc-norm", "norm_output": "--norm-output"}
 _OF_THE_TARGET = ("target_hidden_size", "vocab_size")
+
+# What becomes of the mask's state, and what is said of it.
+MaskStart = Literal["taken", "random", "left out"]
+_SAID_OF_MASK: Final[dict[MaskStart, str]] = {
+    "taken": "mask_hidden its own",
+    "random": "mask_hidden random, it is an EAGLE-3 draft",
+    "left out": "its mask_hidden left out, it is a P-EAGLE draft",
+}
 
 # Fields that come from the target, change no shape, and that training gets used to.
 _NOTED = ("rms_norm_eps", "hidden_act", "rope_parameters")
@@ -60,6 +69,8 @@ class WarmStart:
         parameters: names of those taken, sorted; the head among them if any of its rows was.
         own_embeddings: whether the embeddings are the other's and differ from the target's.
         head_rows: rows of the head that were taken, of ``num_head_rows``; the others keep their start.
+        mask_hidden: what became of the mask's state where either is a P-EAGLE draft: ``taken``, ``random`` (the other
+            has none), or ``left out`` (this draft has none).
         aux_layers_known: whether the other says which target layers it reads.
         differing: config fields without a shape that differ, as (the other's, this draft's): no obstacle, but what is
             taken computes something else until training has adapted it.
@@ -72,6 +83,7 @@ class WarmStart:
     num_head_rows: int
     aux_layers_known: bool
     differing: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    mask_hidden: MaskStart | None = None
 
     def describe(self) -> str:
         """Return one line for the log."""
@@ -79,6 +91,8 @@ class WarmStart:
         parts = [
             f"start from {self.name}: {self.head_rows} of {self.num_head_rows} head rows taken, embeddings {embeddings}"
         ]
+        if self.mask_hidden is not None:
+            parts.append(_SAID_OF_MASK[self.mask_hidden])
         if not self.aux_layers_known:
             parts.append("it does not say which target layers it reads, taken to be the same")
         parts += [f"{name} was {theirs}, is {ours}" for name, (theirs, ours) in self.differing.items()]
@@ -90,9 +104,10 @@ def warm_start(
 ) -> WarmStart:
     """Copy another draft's weights into a fresh one, in the fresh one's dtype; return what was taken.
 
-    Every parameter must be there in the same shape, with two exceptions. Rows of the head are matched by token: those
+    Every parameter must be there in the same shape, with three exceptions. Rows of the head are matched by token: those
     of tokens that the other does not propose keep their start. Embeddings that the other does not bring, or that are
-    the target's but for rounding, stay the target's.
+    the target's but for rounding, stay the target's. A P-EAGLE and an EAGLE-3 draft start from one another: what the
+    mask stands for is random where the other has none, and left out where the fresh one has none.
 
     Args:
         model: the fresh draft, as `eagle_offline.draft.from_target.initial_draft` makes it; changed in place.
@@ -109,7 +124,8 @@ def warm_start(
     for name, parameter in parameters.items():
         found = source.tensors.get(name)
         if found is None:
-            faults += [] if name == _EMBEDDINGS or faults else [f"{name} is missing"]
+            optional = name == _EMBEDDINGS or (name == _MASK and not source.config.parallel_drafting)
+            faults += [] if optional or faults else [f"{name} is missing"]
         elif found.shape[(name == _HEAD) :] != parameter.shape[(name == _HEAD) :] and not faults:
             faults.append(f"{name}: expected shape {list(parameter.shape)}, found {list(found.shape)}")
     if faults:
@@ -133,6 +149,7 @@ def warm_start(
         num_head_rows=len(selected_token_ids),
         aux_layers_known=source.aux_layer_ids is not None,
         differing=_differing(source.config, model.config),
+        mask_hidden=_mask_start(model.config, source.config),
     )
 
 
@@ -151,10 +168,15 @@ def _faults(ours: Eagle3DraftConfig, aux_layer_ids: Sequence[int], source: Draft
         shared = head_dim(theirs) * heads == theirs.hidden_size
         way_out = f"give --draft-num-attention-heads {heads}" if shared else "no flag makes heads of that width"
         yield _fault("head_dim", head_dim(ours), head_dim(theirs), way_out)
+    parallel = (ours.parallel_drafting, theirs.parallel_drafting)
     for name, flag in _SWITCH_FLAGS.items():
         found = getattr(theirs, name)
-        if getattr(ours, name) != found:
+        # A draft that works in parallel feeds nothing back.
+        if getattr(ours, name) != found and not (name == "norm_output" and any(parallel)):
             yield _fault(name, getattr(ours, name), found, f"give {flag if found else f'--no-{flag[2:]}'}")
+    if all(parallel) and ours.mask_token_id != theirs.mask_token_id:
+        found = theirs.mask_token_id
+        yield _fault("mask_token_id", ours.mask_token_id, found, f"give --mask-token-id {found}")
     if source.aux_layer_ids is not None and list(source.aux_layer_ids) != list(aux_layer_ids):
         listed = ",".join(str(layer_id) for layer_id in source.aux_layer_ids)
         way_out = f"give --aux-layer-ids {listed}, of a cache that holds them"
@@ -163,6 +185,12 @@ def _faults(ours: Eagle3DraftConfig, aux_layer_ids: Sequence[int], source: Draft
         found = theirs.num_aux_hidden_states
         way_out = f"give --aux-layer-ids with {found} layers"
         yield _fault("num_aux_hidden_states", ours.num_aux_hidden_states, found, way_out)
+
+
+def _mask_start(ours: Eagle3DraftConfig, theirs: Eagle3DraftConfig) -> MaskStart | None:
+    if not ours.parallel_drafting:
+        return "left out" if theirs.parallel_drafting else None
+    return "taken" if theirs.parallel_drafting else "random"
 
 
 def _fault(name: str, ours: Any, found: Any, way_out: str) -> str:

@@ -1,4 +1,5 @@
-"""Which of a step's slots read which of step 0's keys, cut into calls of an attention kernel, on the host.
+"""Who reads which keys, cut into calls of an attention kernel, on the host: slots of a step those of step 0, and
+elements of a chain the chain's own.
 
 Padded calls suit a CPU, whose kernel takes masks and whose small products want like sizes; ragged ones a GPU, whose
 kernel takes runs of any length and no masks.
@@ -6,7 +7,7 @@ kernel takes runs of any length and no masks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -77,11 +78,14 @@ AttentionCall = PaddedCall | RaggedCall
 def plan_ragged(documents: np.ndarray, columns: np.ndarray, key_starts: np.ndarray) -> tuple[RaggedCall, ...]:
     """Cut queries, sorted by document and column, into runs, and these into calls.
 
+    A column that does not grow begins another run: so several sorted sequences may follow each other.
+
     Args:
         documents, columns: int64 ``[R]``, of each query.
         key_starts: int64 ``[D]``, the row of each document's first key among the key slots.
     """
-    breaks = (np.diff(documents, prepend=-1) != 0) | (np.diff(columns, prepend=0) > _FILLED_GAP + 1)
+    steps = np.diff(columns, prepend=-1)
+    breaks = (np.diff(documents, prepend=-1) != 0) | (steps > _FILLED_GAP + 1) | (steps <= 0)
     starts = np.flatnonzero(breaks)
     stops = np.append(starts[1:], len(columns))
     num_keys = columns[stops - 1] + 1 if len(starts) else starts
@@ -138,6 +142,50 @@ def plan_padded(documents: np.ndarray, columns: np.ndarray, key_starts: np.ndarr
         group.append(block)
     if group:
         calls.append(_padded_call(group, documents, columns, key_starts))
+    return tuple(calls)
+
+
+def plan_ragged_chains(
+    documents: np.ndarray, columns: np.ndarray, depths: np.ndarray, key_starts: np.ndarray
+) -> tuple[RaggedCall, ...]:
+    """Cut elements of chains, in any order, into runs over depth 0's keys: one depth after the other."""
+    order = np.lexsort((columns, documents, depths))
+    rows = torch.from_numpy(order)
+    return tuple(
+        replace(call, query_rows=rows[call.query_rows], real_rows=rows[call.real_rows])
+        for call in plan_ragged(documents[order], columns[order], key_starts)
+    )
+
+
+def plan_own_ragged(lengths: np.ndarray) -> tuple[RaggedCall, ...]:
+    """Return the calls in which elements read their own chain up to themselves.
+
+    Args:
+        lengths: int64 ``[C]``, elements of each chain; chains follow each other.
+    """
+    if not len(lengths):
+        return ()
+    bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    rows = torch.arange(int(lengths.sum()))
+    runs = tuple((length, length) for length in lengths.tolist())
+    return (RaggedCall(rows, rows, rows, rows, bounds, bounds, runs),)
+
+
+def plan_own_padded(lengths: np.ndarray) -> tuple[PaddedCall, ...]:
+    """Return the calls in which elements read their own chain up to themselves: chains of one length together.
+
+    Args:
+        lengths: int64 ``[C]``, elements of each chain; chains follow each other.
+    """
+    starts, calls = np.cumsum(lengths) - lengths, []
+    for length in np.unique(lengths).tolist():
+        places = np.arange(length)
+        rows = starts[lengths == length][:, None] + places
+        longest = max(1, _CALL_VALUES // length**2)
+        for low in range(0, len(rows), longest):
+            block = torch.from_numpy(rows[low : low + longest])
+            columns = torch.from_numpy(np.broadcast_to(places, block.shape).copy())
+            calls.append(PaddedCall(block, columns, torch.arange(block.numel()), block.flatten(), block))
     return tuple(calls)
 
 

@@ -60,7 +60,8 @@ class LossSums:
 
     Attributes:
         loss: scalar with gradient, see `StepWeights`.
-        losses, log_overlaps: float ``[K]``: soft cross-entropy and ``Σ log α`` (``α = 0`` left out); no gradient.
+        losses, log_overlaps: float ``[K]``: soft cross-entropy, or KL where `StepWeights` asks for it, and ``Σ log α``
+            (``α = 0`` left out); no gradient.
         hits: bool ``[R]``, top-1 right, in the order of the states given.
         overlaps: float ``[R]``, ``α``, in the order of the states given.
     """
@@ -109,13 +110,17 @@ class _FusedLoss(torch.autograd.Function):
                 order, steps = rows.order[first:last], rows.steps[first:last]
                 probs = targets.probs(first_target, last_target).to(wide)
                 best = probs.argmax(dim=-1)
+                entropies = torch.special.entr(probs).sum(dim=-1) if weights.kl_divergence else None
                 local = rows.targets[first:last] - first_target
                 probs, chunk = probs[local], states[order]
                 logits = (chunk @ head.T).to(wide)
                 hits[order] = logits.argmax(dim=-1) == best[local]
                 normalizer = logits.logsumexp(dim=-1)
                 mass = probs.sum(dim=-1)
-                losses.index_add_(0, steps, mass * normalizer - torch.linalg.vecdot(probs, logits))
+                row_losses = mass * normalizer - torch.linalg.vecdot(probs, logits)
+                if entropies is not None:
+                    row_losses -= entropies[local]
+                losses.index_add_(0, steps, row_losses)
                 softmax = logits.sub_(normalizer.unsqueeze(-1)).exp_()
                 alpha = torch.minimum(probs, softmax).sum(dim=-1)
                 overlaps[order] = alpha

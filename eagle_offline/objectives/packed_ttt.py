@@ -26,7 +26,7 @@ def unroll_packed(
     normed: Callable[[Tensor], Tensor],
     head_weight: Tensor,
     plan: UnrollPlan,
-    aux_hidden_states: Tensor,
+    aux_hidden_states: Callable[[], Tensor],
     targets: TargetRows,
     weights: StepWeights,
 ) -> tuple[Tensor, UnrollSums]:
@@ -37,7 +37,7 @@ def unroll_packed(
         normed: what stands between the state that is fed back and the draft's head.
         head_weight: ``[Vd, H]``, of the draft's head.
         plan: what to compute.
-        aux_hidden_states: ``[N, A·H]``.
+        aux_hidden_states: gives ``[N, A·H]``.
         targets: the target's supervision.
         weights: what a row of each step adds to the loss.
 
@@ -46,7 +46,7 @@ def unroll_packed(
     """
     hidden, states = None, []
     for step, planned in enumerate(plan.steps):
-        hidden = unroll.first(aux_hidden_states) if hidden is None else unroll.next(step, hidden)
+        hidden = unroll.first(aux_hidden_states()) if hidden is None else unroll.next(step, hidden)
         states.append(normed(hidden[planned.supervised]))
     sums = fused_loss(torch.cat(states), head_weight, plan.loss_rows, targets, weights)
     step_hits = torch.zeros_like(plan.step_valid)
@@ -56,6 +56,7 @@ def unroll_packed(
     return sums.loss, UnrollSums(
         losses=sums.losses,
         counts=plan.step_counts,
+        hits=step_hits.sum(dim=1),
         overlaps=step_overlaps.sum(dim=1),
         log_overlaps=sums.log_overlaps,
         step_hits=step_hits.unsqueeze(1),

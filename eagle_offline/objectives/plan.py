@@ -61,6 +61,11 @@ class UnrollPlan:
     step_counts: Tensor
     step_valid: Tensor
 
+    @property
+    def first(self) -> StepPlan:
+        """Step 0."""
+        return self.steps[0]
+
 
 def moved(record: T, device: torch.device | str) -> T:
     """Return a record of tensors, and of such records, on ``device``."""

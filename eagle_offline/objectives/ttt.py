@@ -58,16 +58,17 @@ class UnrollSums:
     """Sums over slots, one entry a step; what is divided, and by what, is the caller's business.
 
     Attributes:
-        losses: float ``[K]``, soft cross-entropy summed over supervised slots, with gradient.
-        counts: int64 ``[K]``, supervised slots.
+        losses: float ``[K]``, soft cross-entropy (of P-EAGLE KL) summed over supervised slots, with gradient.
+        counts: int64 ``[K]``, supervised slots. hits: int64 ``[K]``, those whose top-1 is right.
         overlaps, log_overlaps: float ``[K]``, ``Σ α`` and ``Σ log α`` (terms with ``α = 0`` left out), when asked for.
-        step_hits: bool ``[K, B, T]``, top-1 right at a supervised slot.
+        step_hits: bool ``[K, B, T]``, top-1 right at a supervised slot, the target's choice in the draft vocabulary.
         step_overlaps: float ``[K, B, T]``, ``α`` at a supervised slot, 0 elsewhere and where it was not asked for.
         step_valid: bool ``[K, B, T]``, valid by loss mask and document at this step.
     """
 
     losses: Tensor
     counts: Tensor
+    hits: Tensor
     overlaps: Tensor
     log_overlaps: Tensor
     step_hits: Tensor
@@ -133,6 +134,7 @@ def unroll(draft_model: Draft, batch: SlotBatch, ttt_steps: int, *, with_overlap
         # A slot without any overlap adds nothing; 1 in its stead keeps 1/α out of the gradient.
         sums["log_overlaps"].append(alpha.where(alpha > 0, torch.ones_like(alpha)).log().sum())
         sums["counts"].append(supervised.sum())
+        sums["hits"].append(hits.sum())
         sums["step_hits"].append(hits)
         sums["step_overlaps"].append(overlaps)
         sums["step_valid"].append(batch.counting_slots(loss_mask, step))

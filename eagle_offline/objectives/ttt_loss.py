@@ -35,11 +35,13 @@ class StepWeights:
 
     Attributes:
         cross_entropy, overlap, log_overlap: float ``[K]``: ``a``, ``b`` and ``c``; None for zero.
+        kl_divergence: ``CE`` less the target's entropy, another number with the same gradient.
     """
 
     cross_entropy: Tensor
     overlap: Tensor | None = None
     log_overlap: Tensor | None = None
+    kl_divergence: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,14 @@ class TTTLoss:
     def weighs_by_overlap(self) -> bool:
         """Whether a step's weights depend on its mean overlap, which has to be known before them."""
         return self.lk_loss_type == "lambda"
+
+    @property
+    def num_steps(self) -> int:
+        return self.ttt_steps
+
+    def no_weights(self) -> StepWeights:
+        """Return weights of 0, for sums alone."""
+        return StepWeights(torch.zeros(self.ttt_steps, dtype=torch.float64))
 
     def step_losses(self, sums: StepSums) -> Tensor:
         """Return ``ℓ_k`` ``[K]``, 0 for steps without supervision."""

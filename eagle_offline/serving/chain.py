@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eagle_offline.draft.cache import DraftCache
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
+from eagle_offline.serving.cached_draft import CachedDraft
 from eagle_offline.serving.drafting import ChainProposal, Settled
 from eagle_offline.serving.sampling import Sampling
 
@@ -33,22 +33,21 @@ class ChainDrafter:
     ):
         self.name = name
         self.num_draft_tokens = num_draft_tokens
-        self._draft = draft_model
-        self._ids = selected_token_ids.to(draft_model.device)
-        self._cache = DraftCache(draft_model, 0)
+        self.draft = CachedDraft(draft_model, selected_token_ids)
 
     def start(self, num_rows: int) -> None:
-        self._cache = DraftCache(self._draft, num_rows)
+        self.draft.start(num_rows)
 
     def select_rows(self, rows: Tensor) -> None:
-        self._cache.select_rows(rows)
+        self.draft.select_rows(rows)
 
     @torch.inference_mode()
     def propose(self, settled: Settled, sampling: Sampling, generator: torch.Generator) -> ChainProposal:
-        draft = self._draft
-        hidden = self._cache.extend(
+        draft = self.draft
+        draft.num_rounds += 1
+        hidden = draft.extend(
             settled.input_ids,
-            draft.project_hidden_states(settled.aux_hidden_states),
+            draft.model.project_hidden_states(settled.aux_hidden_states),
             settled.position_ids,
             settled.num_columns,
         )
@@ -61,10 +60,9 @@ class ChainDrafter:
             if step > 0:
                 position_ids = position_ids + 1
                 num_columns = settled.num_columns + step
-                hidden = self._cache.extend(tokens[-1].unsqueeze(1), hidden, position_ids, num_columns)
-            chosen, probs = sampling.choose(draft.compute_logits(hidden[:, 0]), generator)
-            tokens.append(self._ids[chosen])
+                hidden = draft.extend(tokens[-1].unsqueeze(1), hidden, position_ids, num_columns)
+            chosen, probs = draft.choose(hidden[:, 0], sampling, generator)
+            tokens.append(chosen)
             if probs is not None:
-                full = probs.new_zeros(len(probs), draft.config.vocab_size)
-                distributions.append(full.index_copy(1, self._ids, probs))
+                distributions.append(probs)
         return ChainProposal(torch.stack(tokens, dim=1), torch.stack(distributions, dim=1) if distributions else None)

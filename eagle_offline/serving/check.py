@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from eagle_offline.errors import MismatchError
-from eagle_offline.serving import aux_checks, config_checks, target_checks, tensor_checks, vocab_checks
+from eagle_offline.serving import (
+    aux_checks,
+    config_checks,
+    parallel_checks,
+    target_checks,
+    tensor_checks,
+    vocab_checks,
+)
 from eagle_offline.serving.findings import CHECKS
 from eagle_offline.serving.report import CheckReport, Verdict
 from eagle_offline.serving.rules import ENGINES, RULES, Engine
@@ -15,7 +22,7 @@ from eagle_offline.target.adapters import AdapterSource
 __all__ = ["CHECKS", "CheckReport", "check_draft"]
 
 # Importing them registers their checks.
-_CHECK_MODULES = (aux_checks, config_checks, target_checks, tensor_checks, vocab_checks)
+_CHECK_MODULES = (aux_checks, config_checks, parallel_checks, target_checks, tensor_checks, vocab_checks)
 
 _LAYOUT_RULE = "layout"
 _MEANT_FOR: dict[str, tuple[Engine, ...]] = {

@@ -12,7 +12,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from eagle_offline.errors import one_line
 from eagle_offline.serving.configs import QWEN3_ARCHITECTURES, quiet_transformers
 from eagle_offline.serving.findings import Finding, checks, not_applicable, note, problem
-from eagle_offline.serving.layouts import FLAT_ARCHITECTURE, HEAD_NORM_SUFFIXES, ORIGINAL_ROPE_TYPES
+from eagle_offline.serving.layouts import (
+    FLAT_ARCHITECTURE,
+    HEAD_NORM_SUFFIXES,
+    ORIGINAL_ROPE_TYPES,
+    SPECULATORS_KINDS,
+)
 from eagle_offline.serving.subject import Subject
 
 # What vLLM resolves to its Llama draft, a prefix `Eagle3` added where there is none.
@@ -79,8 +84,9 @@ def _speculators_fields(subject: Subject) -> Iterator[Finding]:
         return
     content = subject.config.content
     kind, settings = content.get("speculators_model_type"), content.get("speculators_config")
-    if kind not in ("eagle3", "peagle"):
-        yield problem(f"speculators_model_type {kind!r}: expected eagle3 or peagle")
+    known = [name for name, _ in SPECULATORS_KINDS.values()]
+    if kind not in known:
+        yield problem(f"speculators_model_type {kind!r}: expected {' or '.join(known)}")
     if not isinstance(settings, dict):
         yield problem("speculators_config is missing")
         return
@@ -265,28 +271,6 @@ def _rope_scaling(subject: Subject) -> Iterator[Finding]:
         yield problem(f"rope_scaling {scaling!r} is refused")
     elif fields.get("rope_theta", _DEFAULT_ROPE_BASE) != _DEFAULT_ROPE_BASE:
         yield problem(f"with rope_scaling the base is {_DEFAULT_ROPE_BASE}, not {fields['rope_theta']!r}")
-
-
-@checks("parallel-drafting")
-def _parallel_drafting(subject: Subject) -> Iterator[Finding]:
-    if subject.is_parallel:
-        yield problem("P-EAGLE is not served")
-
-
-@checks("mask-token")
-def _mask_token(subject: Subject) -> Iterator[Finding]:
-    if not subject.is_parallel:
-        yield not_applicable("not a P-EAGLE draft")
-        return
-    content = subject.config.content
-    names = ("mask_token_id", "pard_token", "ptd_token_id") if subject.is_flat else ("mask_token_id",)
-    found = [content[name] for name in names if content.get(name) is not None]
-    if not found:
-        yield problem(f"no mask token id under {', '.join(names)}")
-    elif not isinstance(found[0], int) or not 0 <= found[0] < subject.vocab_size:
-        yield problem(f"mask token id {found[0]!r} is outside a vocabulary of {subject.vocab_size}")
-    if "mask_hidden" not in subject.files.headers:
-        yield problem("mask_hidden is missing")
 
 
 def effective_rope(fields: dict[str, Any]) -> dict[str, Any] | str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,16 @@ from transformers.utils import logging as transformers_logging
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig
 from eagle_offline.draft.layers import LAYER_STYLES, LayerStyle
 from eagle_offline.errors import DataError, MismatchError
-from eagle_offline.serving.layouts import AUX_IDS_FIELD, outputs_of
+from eagle_offline.serving.layouts import AUX_IDS_FIELD, MASK_TENSOR, outputs_of
 from eagle_offline.serving.tensor_files import CONFIG_FILE, read_json
 
 DraftLayout = Literal["native", "flat", "speculators"]
 
 # What vLLM builds with Qwen3's layers.
 QWEN3_ARCHITECTURES: Final = ("Eagle3Qwen3ForCausalLM", "PeagleQwen3ForCausalLM", "Qwen3ForCausalLM")
+
+# Where a P-EAGLE draft's mask token is found, the first that is not null; a speculators config has one place for it.
+_MASK_ID_FIELDS: Final = ("mask_token_id", "pard_token", "ptd_token_id")
 
 # More rows than any vocabulary has, by far; a larger number is damage, and would ask for as much memory.
 MAX_VOCAB_SIZE = 1 << 24
@@ -117,6 +120,39 @@ class ConfigFile:
                 raise MismatchError(
                     f"{self.path}: {name}.{key}: expected one of {', '.join(known)}, found {written[key]!r}"
                 )
+
+    def is_parallel(self, tensor_names: Container[str]) -> bool:
+        """Return whether this is a P-EAGLE draft: its config says so in one of several ways, or a tensor does."""
+        names = self.content.get("architectures")
+        return bool(
+            self.content.get("parallel_drafting")
+            or self.content.get("speculators_model_type") == "peagle"
+            or (isinstance(names, list) and any("peagle" in str(name).lower() for name in names))
+            or MASK_TENSOR in tensor_names
+        )
+
+    @property
+    def mask_id_fields(self) -> tuple[str, ...]:
+        """Names under which the mask token is looked up, in this order."""
+        return _MASK_ID_FIELDS if self.layout == "flat" else _MASK_ID_FIELDS[:1]
+
+    def mask_token_id(self) -> int:
+        """Return the token that stands for one not known yet.
+
+        Raises:
+            DataError: none is written, or what is written is no token of the vocabulary.
+        """
+        name = next((name for name in self.mask_id_fields if self.content.get(name) is not None), None)
+        if name is None:
+            raise DataError(
+                f"{self.path}: a P-EAGLE draft, and no mask token id under {', '.join(self.mask_id_fields)}"
+            )
+        found = self.content[name]
+        if type(found) is not int or not 0 <= found < self.vocab_size:
+            raise DataError(
+                f"{self.path}: {name}: expected an id in a vocabulary of {self.vocab_size} tokens, found {found!r}"
+            )
+        return found
 
     @property
     def vocab_size(self) -> int:

@@ -1,4 +1,4 @@
-"""Any EAGLE-3 draft directory, ours or another's, as one model that can be run and exported."""
+"""Any EAGLE-3 or P-EAGLE draft directory, ours or another's, as one model that can be run and exported."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from eagle_offline.serving.layouts import (
     HEAD_TENSOR,
     MEMBERS_TENSOR,
     OFFSETS_TENSOR,
+    SPECULATORS_KINDS,
     draft_config,
     expected_shapes,
     ids_of,
@@ -109,12 +110,13 @@ def read_draft(directory: Path) -> ServedDraft:
     )
 
 
-def model_config(file: ConfigFile, num_aux: int) -> Eagle3DraftConfig:
+def model_config(file: ConfigFile, num_aux: int, mask_token_id: int | None) -> Eagle3DraftConfig:
     """Return our config of a draft in any layout.
 
     Args:
         file: its config.
         num_aux: ``A``.
+        mask_token_id: of a P-EAGLE draft; None for one that drafts a chain.
 
     Raises:
         DataError: sizes that are missing or no numbers.
@@ -139,6 +141,8 @@ def model_config(file: ConfigFile, num_aux: int) -> Eagle3DraftConfig:
                 fc_norm=file.flag("fc_norm"),
                 norm_output=file.flag("norm_output"),
                 layer_style=file.layer_style,
+                parallel_drafting=mask_token_id is not None,
+                mask_token_id=mask_token_id,
             )
     except (DataError, MismatchError):
         raise
@@ -152,7 +156,7 @@ def _model_config(file: ConfigFile, files: TensorFiles) -> Eagle3DraftConfig:
     width = file.target_hidden_size
     fc = files.headers.get("fc.weight")
     if fc is None or len(fc.shape) != 2:
-        raise DataError(f"{file.directory}: fc.weight is missing or not a matrix: not an EAGLE-3 draft")
+        raise DataError(f"{file.directory}: fc.weight is missing or not a matrix: not a draft")
     if fc.shape[1] % width or not fc.shape[1]:
         raise MismatchError(
             f"{file.directory}: fc.weight reads {fc.shape[1]} values, which is not a number of aux states of "
@@ -162,7 +166,7 @@ def _model_config(file: ConfigFile, files: TensorFiles) -> Eagle3DraftConfig:
     written = file.fields.get("num_aux_hidden_states")
     if written is not None and written != num_aux:
         raise MismatchError(f"{file.path}: num_aux_hidden_states {written!r}, but fc.weight reads {num_aux}")
-    config = model_config(file, num_aux)
+    config = model_config(file, num_aux, file.mask_token_id() if file.is_parallel(files.headers) else None)
     if config.num_hidden_layers * _TENSORS_PER_LAYER > len(files.headers):
         raise DataError(f"{file.directory}: too few tensors for num_hidden_layers {config.num_hidden_layers}")
     if config.num_attention_heads % (config.num_key_value_heads or 1):
@@ -177,11 +181,10 @@ def _refuse_what_cannot_run(file: ConfigFile, files: TensorFiles) -> None:
     content, fields, kind = file.content, file.fields, file.content.get("speculators_model_type")
     scaled = content.get("logit_scale") not in (None, 1, 1.0) or content.get("final_logit_softcapping")
     model_type = fields.get("model_type", "llama" if file.layout == "flat" else None)
-    parallel = content.get("parallel_drafting") or kind == "peagle" or "mask_hidden" in files.headers
+    known_kind, _ = SPECULATORS_KINDS[file.is_parallel(files.headers)]
     layer_types = fields.get("layer_types")
     refused = {
-        "drafts all tokens in parallel (P-EAGLE)": parallel,
-        f"speculators_model_type {kind!r}": file.layout == "speculators" and not parallel and kind != "eagle3",
+        f"speculators_model_type {kind!r} of {known_kind} parts": file.layout == "speculators" and kind != known_kind,
         f"model_type {model_type!r} with {file.layer_style} layers": file.layout != "native"
         and model_type != file.layer_style,
         "attention_bias": fields.get("attention_bias"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from pathlib import PurePath
 from typing import Any, cast
 
 from eagle_offline.config import EvaluateSettings
@@ -11,7 +13,7 @@ from eagle_offline.progress import Progress
 from eagle_offline.provenance import describe_environment
 from eagle_offline.serving.decoding import Limits
 from eagle_offline.serving.drafts import ServedDraft
-from eagle_offline.serving.evaluation import EvaluationPlan, Evaluator
+from eagle_offline.serving.evaluation import PLAIN, EvaluationPlan, Evaluator
 from eagle_offline.serving.pairing import check_belongs, pair
 from eagle_offline.serving.prompts import default_prompts, read_prompts
 from eagle_offline.serving.results import Evaluation
@@ -27,8 +29,16 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _UNBOUNDED_TOKENS = 1 << 20
 
 
-def evaluate_draft(settings: EvaluateSettings, draft: ServedDraft, stop: StopRequest) -> Evaluation:
+def evaluate_draft(
+    settings: EvaluateSettings, draft: ServedDraft, compared: Sequence[ServedDraft], stop: StopRequest
+) -> Evaluation:
     """Return what a draft is worth beside its target.
+
+    Args:
+        settings: what is decoded, and how.
+        draft: the draft in question.
+        compared: those that ``settings.compare`` names.
+        stop: asked before every batch.
 
     Raises:
         StoppedEarly: asked to stop.
@@ -43,7 +53,8 @@ def evaluate_draft(settings: EvaluateSettings, draft: ServedDraft, stop: StopReq
         adapter=settings.adapter,
         adapter_revision=settings.adapter_revision,
     )
-    check_belongs(draft, settings.draft, source, any_checkpoint=settings.any_target)
+    for given, name in zip((draft, *compared), (settings.draft, *settings.compare), strict=True):
+        check_belongs(given, name, source, any_checkpoint=settings.any_target)
     template = ChatTemplate(load_tokenizer(source, settings.chat_template))
     if settings.prompts is None:
         conversations = default_prompts()[: settings.max_prompts]
@@ -51,10 +62,11 @@ def evaluate_draft(settings: EvaluateSettings, draft: ServedDraft, stop: StopReq
         conversations = read_prompts(settings.prompts, split=settings.split, limit=settings.max_prompts)
     device = resolve_device(settings.device)
     model = load_model(source, device, settings.compute_dtype)
-    both = pair(draft, model)
-    drafts = {TRAINED: both.draft}
+    pairs = {TRAINED: pair(draft, model)}
     if settings.compare_untrained:
-        drafts[UNTRAINED] = both.untrained()
+        pairs[UNTRAINED] = pairs[TRAINED].untrained()
+    names = names_of(settings.compare, (PLAIN, TRAINED, UNTRAINED))
+    pairs |= {name: pair(other, model) for name, other in zip(names, compared, strict=True)}
     plan = EvaluationPlan(
         num_draft_tokens=settings.num_draft_tokens,
         limits=Limits(settings.max_new_tokens, stop_token_ids(model, template.tokenizer)),
@@ -65,15 +77,42 @@ def evaluate_draft(settings: EvaluateSettings, draft: ServedDraft, stop: StopReq
     )
     num_turns = sum(len(conversation.turns) for conversation in conversations)
     with Progress("evaluate", num_turns, unit="answers") as progress:
-        evaluation = Evaluator(both, template, drafts, plan).run(conversations, progress.reach, lambda: stop.requested)
+        evaluation = Evaluator(pairs, template, plan).run(conversations, progress.reach, lambda: stop.requested)
     return evaluation.model_copy(
         update={
             "draft": settings.draft,
+            "compared": dict(zip(names, settings.compare, strict=True)),
             "target": settings.target,
             "prompts": settings.prompts or "built in",
             "environment": describe_environment(device),
         }
     )
+
+
+def names_of(directories: Sequence[str], taken: Collection[str] = ()) -> list[str]:
+    """Return a short name for each directory, no two alike: as much of its path's end as that takes.
+
+    Args:
+        directories: paths or hub ids.
+        taken: names that none may have.
+
+    Example:
+        >>> names_of(["runs/a/export/flat", "runs/b/export/flat", "runs/c", "runs/c"])
+        ['a/export/flat', 'b/export/flat', 'c', 'c (2)']
+    """
+    ends: list[list[str]] = []
+    for directory in directories:
+        parts = PurePath(directory).parts or (directory,)
+        ends.append(["/".join(parts[-count:]) for count in range(1, len(parts) + 1)])
+    names: list[str] = []
+    for place, own in enumerate(ends):
+        others = {
+            end for other, theirs in enumerate(ends) if directories[other] != directories[place] for end in theirs
+        }
+        name = next((end for end in own if end not in others and end not in taken), own[-1])
+        copies = sum(name == earlier or earlier.startswith(f"{name} (") for earlier in names) + (name in taken)
+        names.append(f"{name} ({copies + 1})" if copies else name)
+    return names
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> set[int]:

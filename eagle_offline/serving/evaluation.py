@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 
-from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.errors import DataError, StoppedEarly
 from eagle_offline.serving.cached_target import CachedTarget
-from eagle_offline.serving.chain import ChainDrafter
 from eagle_offline.serving.decoding import Answer, Limits, Seconds, decode
-from eagle_offline.serving.drafting import Drafter, NoDrafter
+from eagle_offline.serving.drafters import drafter_of
+from eagle_offline.serving.drafting import NoDrafter
 from eagle_offline.serving.pairing import Pair
 from eagle_offline.serving.prediction import Predicted, Predictor
 from eagle_offline.serving.prompts import Conversation
@@ -32,7 +31,7 @@ class EvaluationPlan:
     """How prompts are answered.
 
     Attributes:
-        num_draft_tokens: the chain's length.
+        num_draft_tokens: tokens drafted a round.
         limits: when an answer ends.
         sampling: how tokens are chosen.
         batch_size: prompts answered together.
@@ -80,19 +79,22 @@ class Evaluator:
     """Answers conversations with each drafter and without any.
 
     Args:
-        pair: target and draft.
+        pairs: the drafts to compare, each with the target as it reads it, by name, the one in question first.
         template: of the target's tokenizer.
-        drafts: the drafts to compare, by name, the first one being the one in question.
         plan: how prompts are answered.
     """
 
-    def __init__(self, pair: Pair, template: ChatTemplate, drafts: dict[str, Eagle3DraftModel], plan: EvaluationPlan):
-        self._pair, self._template, self._plan, self._drafts = pair, template, plan, drafts
-        ids = pair.selected_token_ids
-        self._drafters: dict[str, Drafter] = {PLAIN: NoDrafter(pair.head.vocab_size)}
-        for name, draft in drafts.items():
-            self._drafters[name] = ChainDrafter(draft, ids, plan.num_draft_tokens, name)
-        self._predictor = Predictor(pair.target, pair.head, ids, plan.num_draft_tokens)
+    def __init__(self, pairs: Mapping[str, Pair], template: ChatTemplate, plan: EvaluationPlan):
+        self._pairs, self._template, self._plan = pairs, template, plan
+        first = next(iter(pairs.values()))
+        self._model_drafters = {
+            name: drafter_of(pair.draft, pair.selected_token_ids, plan.num_draft_tokens, name)
+            for name, pair in pairs.items()
+        }
+        self._drafters = {PLAIN: NoDrafter(first.head.vocab_size), **self._model_drafters}
+        # What plain decoding runs: the same model, nothing captured.
+        self._targets = {PLAIN: first.target, **{name: pair.target for name, pair in pairs.items()}}
+        self._predictor = Predictor(pairs, plan.num_draft_tokens)
         self._seconds = {name: Seconds() for name in self._drafters}
         self._counts: dict[str, dict[str, _Counts]] = {name: {} for name in self._drafters}
         self._num_left_out = 0
@@ -170,28 +172,29 @@ class Evaluator:
             warm_up = Limits(min(_WARM_UP_TOKENS, self._plan.limits.max_new_tokens), ())
             for name in self._drafters:
                 self._decode(name, prompts, warm_up, number)
+            for drafter in self._model_drafters.values():
+                drafter.draft.num_forwards = drafter.draft.num_rounds = 0
         answered = {name: self._decode(name, prompts, self._plan.limits, number) for name in self._drafters}
         plain = answered[PLAIN][0]
-        for name, (answers, seconds) in answered.items():
+        for name, (_, seconds) in answered.items():
             self._seconds[name].add(seconds)
-            if name == next(iter(self._drafts)):
-                pairs = zip(plain, answers, strict=True)
-                self._num_identical += sum(one.token_ids == two.token_ids for one, two in pairs)
         for row, (prompt, task) in enumerate(zip(prompts, tasks, strict=True)):
-            predicted = self._predictor.predict(self._drafts.values(), prompt, plain[row].token_ids)
-            by_name = dict(zip(self._drafts, predicted, strict=True))
+            self._num_identical += all(
+                answers[row].token_ids == plain[row].token_ids for answers, _ in answered.values()
+            )
+            predicted = self._predictor.predict(prompt, plain[row].token_ids)
             for name, (answers, _) in answered.items():
-                self._counts[name].setdefault(task, _Counts()).add(answers[row], by_name.get(name))
+                self._counts[name].setdefault(task, _Counts()).add(answers[row], predicted.get(name))
         return plain
 
     def _decode(self, name: str, prompts: list[list[int]], limits: Limits, number: int) -> tuple[list[Answer], Seconds]:
-        target = CachedTarget(self._pair.target, capture=name != PLAIN)
+        target = CachedTarget(self._targets[name], capture=name != PLAIN)
         generator = torch.Generator(target.device).manual_seed(self._plan.seed * 1_000_003 + number)
         return decode(target, self._drafters[name], prompts, limits, self._plan.sampling, generator)
 
     def _evaluation(self, num_turns: int) -> Evaluation:
         plain = PlainResult(**self._timing(PLAIN))
-        drafters = {name: self._result(name, plain) for name in self._drafts}
+        drafters = {name: self._result(name, plain) for name in self._pairs}
         plan = self._plan
         return Evaluation(
             num_draft_tokens=plan.num_draft_tokens,
@@ -234,9 +237,12 @@ class Evaluator:
         accepted = torch.tensor(overall.accepted, dtype=torch.long)
         reached = [int((accepted >= depth).sum()) for depth in range(self._plan.num_draft_tokens + 1)]
         timing = self._timing(name)
+        draft = self._model_drafters[name].draft
         return DrafterResult(
             **timing,
             num_rounds=len(accepted),
+            draft_forwards=draft.num_forwards,
+            draft_forwards_per_round=draft.num_forwards / max(draft.num_rounds, 1),
             accept_length=overall.accept_length,
             accept_rate=[count / max(reached[0], 1) for count in reached[1:]],
             conditional_accept_rate=[after / before if before else 0.0 for before, after in pairwise(reached)],

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from eagle_offline.draft.eagle3 import Eagle3DraftConfig
 from eagle_offline.draft.files import MODEL_FILE
 from eagle_offline.draft.origin import ORIGIN_FILE
 from eagle_offline.durable import (
@@ -116,6 +117,15 @@ def carries_embeddings(draft: ServedDraft, layout: ExportLayout) -> bool:
     return draft.has_embeddings if draft.origin is None else draft.origin.embeddings_trained
 
 
+def reason_against_speculators(config: Eagle3DraftConfig) -> str | None:
+    """Return why a draft cannot be exported in the speculators layout, None when it can."""
+    if config.target_hidden_size != config.hidden_size:
+        return f"its config has no place for another width ({config.hidden_size}) than the target's"
+    if config.parallel_drafting and config.fc_norm:
+        return "its peagle config drops fc_norm"
+    return None
+
+
 def _check_request(
     draft: ServedDraft, layout: ExportLayout, output_dir: Path, dtype: str, num_draft_tokens: int
 ) -> None:
@@ -127,11 +137,9 @@ def _check_request(
         raise UsageError(f"{num_draft_tokens} draft tokens: expected at least 1")
     if draft.aux_layer_ids is None:
         raise MismatchError("this draft does not say which target layers it reads: engines would guess")
-    if draft.model.config.target_hidden_size != draft.model.config.hidden_size and layout == "speculators":
-        raise MismatchError(
-            f"a draft of width {draft.model.config.hidden_size} for a target of width "
-            f"{draft.model.config.target_hidden_size} fits no speculators config: export it with --to flat"
-        )
+    reason = reason_against_speculators(draft.model.config)
+    if reason is not None and layout == "speculators":
+        raise MismatchError(f"this draft fits no speculators directory: {reason}: export it with --to flat")
     if carries_embeddings(draft, layout) and not draft.has_embeddings:
         raise MismatchError("this draft trained its own embeddings, and they are not in its directory")
     try:

@@ -25,11 +25,14 @@ ExportLayout = Literal["flat", "speculators"]
 FLAT_ARCHITECTURE: Final = "LlamaForCausalLMEagle3"
 # What a flat config calls a draft, by the style of its layers; speculators tells them by the nested model_type alone.
 FLAT_ARCHITECTURES: Final[dict[LayerStyle, str]] = {"llama": FLAT_ARCHITECTURE, "qwen3": "Eagle3Qwen3ForCausalLM"}
+# What a speculators config calls a draft, and its class there, by whether it drafts in parallel.
+SPECULATORS_KINDS: Final = {False: ("eagle3", "Eagle3DraftModel"), True: ("peagle", "PEagleDraftModel")}
 AUX_IDS_FIELD: Final = "eagle_aux_hidden_state_layer_ids"
 OFFSETS_TENSOR: Final = "d2t"
 MEMBERS_TENSOR: Final = "t2d"
 EMBEDDINGS_TENSOR: Final = "embed_tokens.weight"
 HEAD_TENSOR: Final = "lm_head.weight"
+MASK_TENSOR: Final = "mask_hidden"
 
 # How the names of Qwen3's norms of queries and keys end.
 HEAD_NORM_SUFFIXES: Final = ("q_norm.weight", "k_norm.weight")
@@ -135,6 +138,7 @@ def flat_layout(
         "norm_output": model.config.norm_output,
         AUX_IDS_FIELD: layers_executed(aux_layer_ids),
         "eagle_config": {AUX_IDS_FIELD: list(aux_layer_ids), "use_aux_hidden_state": True},
+        **_parallel_fields(model.config),
     }
     if model.config.target_hidden_size != model.config.hidden_size:
         config["target_hidden_size"] = model.config.target_hidden_size
@@ -165,9 +169,10 @@ def speculators_layout(
         target_architectures: class names from the target's config.
         num_draft_tokens: how many tokens a serving engine drafts a round.
     """
+    algorithm, architecture = SPECULATORS_KINDS[model.config.parallel_drafting]
     config = {
-        "architectures": ["Eagle3DraftModel"],
-        "speculators_model_type": "eagle3",
+        "architectures": [architecture],
+        "speculators_model_type": algorithm,
         "dtype": DTYPES[dtype][0],
         "draft_vocab_size": model.config.draft_vocab_size,
         "fc_norm": model.config.fc_norm,
@@ -178,11 +183,12 @@ def speculators_layout(
         AUX_IDS_FIELD: layers_executed(aux_layer_ids),
         "transformer_layer_config": _layer_config(model.config, dtype),
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": algorithm,
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": num_draft_tokens}],
             "verifier": {"name_or_path": target_name, "architectures": list(target_architectures)},
         },
+        **_parallel_fields(model.config),
     }
     if model.config.target_hidden_size != model.config.hidden_size:
         config["target_hidden_size"] = model.config.target_hidden_size
@@ -216,6 +222,8 @@ def expected_shapes(config: Eagle3DraftConfig) -> dict[str, tuple[int, ...]]:
         "norm.weight": (size,),
         HEAD_TENSOR: (config.draft_vocab_size or config.vocab_size, size),
     }
+    if config.parallel_drafting:
+        shapes[MASK_TENSOR] = (1, 1, aux * target_size)
     if config.fc_norm:
         shapes |= {f"fc_norm.{index}.weight": (target_size,) for index in range(aux)}
     for index in range(config.num_hidden_layers):
@@ -258,6 +266,11 @@ def _layer_config(config: Eagle3DraftConfig, dtype: str) -> dict[str, Any]:
         "torch_dtype": DTYPES[dtype][0],
         "num_aux_hidden_states": config.num_aux_hidden_states,
     }
+
+
+def _parallel_fields(config: Eagle3DraftConfig) -> dict[str, Any]:
+    """Return what a P-EAGLE draft's config says beside an EAGLE-3 draft's; speculators leaves the first unread."""
+    return {"parallel_drafting": True, "mask_token_id": config.mask_token_id} if config.parallel_drafting else {}
 
 
 def _tensors(

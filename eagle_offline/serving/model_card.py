@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from eagle_offline.draft.eagle3 import Eagle3DraftConfig
 from eagle_offline.draft.layers import LayerStyle
 from eagle_offline.draft.origin import DraftOrigin
 from eagle_offline.serving.drafts import ServedDraft
@@ -46,10 +47,11 @@ def model_card(facts: CardFacts, report: CheckReport) -> str:
     """Return the card as Markdown with the front matter that the hub reads."""
     config = facts.draft.model.config
     variant = "EAGLE-3.1" if config.fc_norm or config.norm_output else "EAGLE-3"
+    kind = "A P-EAGLE" if config.parallel_drafting else f"An {variant}"
     parts = [
         _front_matter(facts),
         f"# {facts.directory_name}\n",
-        f"An {variant} draft model for speculative decoding with `{facts.target_name}`, and with no other target.",
+        f"{kind} draft model for speculative decoding with `{facts.target_name}`, and with no other target.",
         _section("Serve", [*_merged_first(facts.draft.origin), *_commands(facts, report)]),
         _section("The draft", [_table(_shape_rows(facts))]),
     ]
@@ -61,6 +63,7 @@ def model_card(facts: CardFacts, report: CheckReport) -> str:
 
 
 def _front_matter(facts: CardFacts) -> str:
+    method = "p-eagle" if facts.draft.model.config.parallel_drafting else "eagle3"
     # JSON strings are YAML strings.
     return "\n".join(
         [
@@ -68,7 +71,7 @@ def _front_matter(facts: CardFacts) -> str:
             f"base_model: {json.dumps(facts.target_name)}",
             "pipeline_tag: text-generation",
             "tags:",
-            *(f"- {tag}" for tag in ("speculative-decoding", "eagle3", "draft-model", "eagle-offline")),
+            *(f"- {tag}" for tag in ("speculative-decoding", method, "draft-model", "eagle-offline")),
             "---",
             "",
         ]
@@ -86,6 +89,8 @@ def _merged_first(origin: DraftOrigin | None) -> Iterable[str]:
 def _commands(facts: CardFacts, report: CheckReport) -> Iterable[str]:
     target, name, tokens = shlex.quote(facts.target_name), facts.directory_name, facts.num_draft_tokens
     speculative = {"method": "eagle3", "model": name, "num_speculative_tokens": tokens}
+    if facts.draft.model.config.parallel_drafting:
+        speculative["parallel_drafting"] = True
     vllm = f"vllm serve {target} --speculative-config {shlex.quote(json.dumps(speculative))}"
     sglang = (
         f"python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 "
@@ -110,11 +115,18 @@ def _shape_rows(facts: CardFacts) -> dict[str, Any]:
         "target layers read, 0-based outputs": outputs,
         "target layers read, layers executed": layers_executed(outputs),
         "aux states normalised one by one (`fc_norm`)": config.fc_norm,
-        "normed state fed back (`norm_output`)": config.norm_output,
+        **_drafting_rows(config),
         "RoPE": json.dumps(config.rope_parameters),
         "token embeddings": "in the file" if facts.has_embeddings else "the target's",
         "dtype": facts.dtype,
     }
+
+
+def _drafting_rows(config: Eagle3DraftConfig) -> dict[str, Any]:
+    """Return how tokens after a round's first are drafted."""
+    if config.parallel_drafting:
+        return {"tokens of a round": "all in one forward", "token that stands for one not known": config.mask_token_id}
+    return {"normed state fed back (`norm_output`)": config.norm_output}
 
 
 def _origin_rows(origin: DraftOrigin) -> dict[str, Any]:
@@ -134,11 +146,15 @@ def _origin_rows(origin: DraftOrigin) -> dict[str, Any]:
         "samples": origin.dataset.get("num_samples", "not recorded"),
         "draft vocabulary digest": origin.draft_vocab_digest,
         "draft vocabulary coverage of supervised tokens": f"{origin.draft_vocab_coverage:.4f}",
-        "objective": f"{origin.objective}, {origin.ttt_steps} steps",
+        "objective": f"{origin.objective}, {_num_steps(origin)}",
         "optimizer steps": origin.step,
         "started from": origin.init_from or "the target's embeddings and head",
         "embeddings trained": origin.embeddings_trained,
     }
+
+
+def _num_steps(origin: DraftOrigin) -> str:
+    return f"{origin.ttt_steps} steps" if origin.num_depths is None else f"{origin.num_depths} depths"
 
 
 def _heldout(origin: DraftOrigin) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,7 @@ from eagle_offline.target.load import TargetSource, load_config, target_digest
 
 @dataclass(frozen=True)
 class Pair:
-    """A target and its drafts, on one device and in one dtype.
+    """A target and a draft, on one device and in one dtype.
 
     Attributes:
         target: captures the layers that the draft reads.
@@ -33,13 +33,16 @@ class Pair:
     draft: Eagle3DraftModel
     selected_token_ids: torch.Tensor
 
-    def untrained(self, seed: int = 0) -> Eagle3DraftModel:
-        """Return a draft of the same shape as training starts from: embeddings and head rows the target's."""
+    def untrained(self, seed: int = 0) -> Pair:
+        """Return the target with a draft of the same shape as training starts from.
+
+        Its embeddings and head rows are the target's, all else is random, the mask's state of P-EAGLE too.
+        """
         config = self.draft.config
         embeddings = self.target.get_input_embeddings().weight.detach().float().cpu()
         head = self.head.to("cpu", torch.float32)
         draft = initial_draft(config, embeddings, head, self.selected_token_ids.cpu(), seed=seed)
-        return _placed(draft, self.head.weight)
+        return replace(self, draft=_placed(draft, self.head.weight))
 
 
 def check_belongs(draft: ServedDraft, name: str, source: TargetSource, *, any_checkpoint: bool = False) -> None:

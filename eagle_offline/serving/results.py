@@ -44,6 +44,8 @@ class DrafterResult(PlainResult):
 
     Attributes:
         num_rounds: verifications.
+        draft_forwards: forwards of the draft, each over all rows of a batch that are not finished.
+        draft_forwards_per_round: the same over the rounds of those batches: one a token for a chain, one for P-EAGLE.
         accept_length: ``1 +`` drafts accepted a round, those that the answer still holds.
         accept_rate: ``[K]``, share of the rounds that accepted a draft at each depth.
         conditional_accept_rate: ``[K]``, the same among rounds that accepted all before it.
@@ -54,6 +56,8 @@ class DrafterResult(PlainResult):
     """
 
     num_rounds: int = Field(ge=0)
+    draft_forwards: int = Field(ge=0)
+    draft_forwards_per_round: float = Field(ge=0)
     accept_length: float
     accept_rate: list[float]
     conditional_accept_rate: list[float]
@@ -68,18 +72,20 @@ class Evaluation(_Figures):
 
     Attributes:
         draft, target, prompts: what was given.
+        compared: further drafts as they were given, by their name among `drafters`.
         num_draft_tokens: ``K``.
         num_answers: prompts answered; num_left_out: prompts too long for the target; num_unasked: turns after an
             answer that reached the limit.
-        num_identical: answers with drafts that equal those without, token for token; None when sampled.
+        num_identical: answers that every draft gave as they are without any, token for token; None when sampled.
         plain: without drafts.
         drafters: with each draft, the one in question first.
         environment: where it was measured.
     """
 
     format: Literal["eagle-offline-evaluation"] = "eagle-offline-evaluation"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     draft: str = ""
+    compared: dict[str, str] = {}
     target: str = ""
     prompts: str = ""
     num_draft_tokens: int = Field(gt=0)

@@ -361,6 +361,12 @@ RULES: Final[tuple[Rule, ...]] = (
         {"vllm": "fails", "speculators": "fails"},
     ),
     Rule(
+        "peagle-type",
+        "`speculators_model_type` of a P-EAGLE draft is peagle: as eagle3 its `mask_hidden` is left unread, and a "
+        "chain is drafted that it was not trained for.",
+        {"vllm": "silent", "speculators": "silent"},
+    ),
+    Rule(
         "target-vocabulary",
         "`vocab_size` is the target's.",
         _all("fails"),

@@ -61,7 +61,8 @@ class Subject:
         Raises:
             DataError, MismatchError: sizes that are missing or that nothing can be made of.
         """
-        return model_config(self.config, self.num_aux_in_fc or 3)
+        # Which token is masked changes no shape; whether one is named at all has a rule of its own.
+        return model_config(self.config, self.num_aux_in_fc or 3, 0 if self.is_parallel else None)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -94,14 +95,7 @@ class Subject:
     @property
     def is_parallel(self) -> bool:
         """Whether this is a P-EAGLE draft."""
-        content = self.config.content
-        names = content.get("architectures") or []
-        return bool(
-            content.get("parallel_drafting")
-            or content.get("speculators_model_type") == "peagle"
-            or "mask_hidden" in self.files.headers
-            or (isinstance(names, list) and any("peagle" in str(name).lower() for name in names))
-        )
+        return self.config.is_parallel(self.files.headers)
 
     @property
     def is_qwen3(self) -> bool:

@@ -13,6 +13,7 @@ from eagle_offline.serving.layouts import (
     FLAT_FIRST_LAYER,
     HEAD_NORM_SUFFIXES,
     HEAD_TENSOR,
+    MASK_TENSOR,
     MEMBERS_TENSOR,
     OFFSETS_TENSOR,
     parameter_name,
@@ -24,7 +25,7 @@ _INPUT_NORM = "input_norm.weight"
 _FC_NORM = "fc_norm."
 _PREFIX = "model."
 # Tensors with rules of their own.
-_RULED = (OFFSETS_TENSOR, MEMBERS_TENSOR, "mask_hidden", _INPUT_NORM)
+_RULED = (OFFSETS_TENSOR, MEMBERS_TENSOR, MASK_TENSOR, _INPUT_NORM)
 _BUFFER_SUFFIX = "rotary_emb.inv_freq"
 _RULED_SUFFIXES = (".bias", *HEAD_NORM_SUFFIXES, _BUFFER_SUFFIX)
 _NOT_PARAMETERS = (OFFSETS_TENSOR, MEMBERS_TENSOR)
@@ -67,7 +68,8 @@ def _tensors_complete(subject: Subject) -> Iterator[Finding]:
 
 def _missing(subject: Subject) -> list[str]:
     """Return parameters, by our names, that no engine can do without and that are not there."""
-    optional = {EMBEDDINGS_TENSOR, HEAD_TENSOR}
+    # The mask's states have a rule of their own.
+    optional = {EMBEDDINGS_TENSOR, HEAD_TENSOR, MASK_TENSOR}
     return [
         name
         for name in subject.shapes

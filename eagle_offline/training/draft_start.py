@@ -14,6 +14,7 @@ from eagle_offline.draft.from_target import draft_config, initial_draft, read_ta
 from eagle_offline.draft.warm_start import DraftWeights, warm_start
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.draft_choice import choose_aux_layers, choose_vocabulary
+from eagle_offline.training.mask_token import MaskToken, choose_mask_token
 from eagle_offline.vocab import LOW_COVERAGE, DraftVocab
 
 
@@ -25,11 +26,13 @@ class DraftChoice:
         vocabulary: the draft vocabulary.
         aux_layers: places of the layers it reads among those captured.
         aux_layer_ids: the same layers, 0-based outputs of the target.
+        mask_token: what stands for tokens not known yet, of a draft that drafts in parallel.
     """
 
     vocabulary: DraftVocab
     aux_layers: tuple[int, ...]
     aux_layer_ids: tuple[int, ...]
+    mask_token: MaskToken | None = None
 
     def describe(self, *, chosen: bool) -> str | None:
         """Return a line for the log where the vocabulary was ``chosen`` by the user, or covers too little."""
@@ -52,16 +55,18 @@ class DraftChoice:
         return torch.from_numpy(self.vocabulary.selected_token_mask)
 
 
-def choose_draft(settings: TrainSettings, caches: Sequence[Cache]) -> DraftChoice:
+def choose_draft(settings: TrainSettings, caches: Sequence[Cache], heldout: Sequence[Cache] = ()) -> DraftChoice:
     """Return what the draft of a run over caches of one target reads and proposes.
 
     Raises:
-        UsageError, DataError, MismatchError: see `choose_aux_layers` and `choose_vocabulary`.
+        UsageError, DataError, MismatchError: see `choose_aux_layers`, `choose_vocabulary` and `choose_mask_token`.
     """
     captured = caches[0].aux_layer_ids
     places = choose_aux_layers(settings.aux_layer_ids, captured)
     vocabulary = choose_vocabulary(caches, settings.draft_vocab_size, settings.draft_vocab)
-    return DraftChoice(vocabulary, tuple(places), tuple(captured[place] for place in places))
+    parallel = settings.objective == "peagle"
+    mask_token = choose_mask_token(caches, settings.mask_token_id, heldout) if parallel else None
+    return DraftChoice(vocabulary, tuple(places), tuple(captured[place] for place in places), mask_token)
 
 
 def start_draft(
@@ -87,7 +92,8 @@ def start_draft(
         },
         draft_vocab_size=choice.vocabulary.size,
         num_aux_hidden_states=len(choice.aux_layers),
-        num_layers=settings.num_draft_layers,
+        num_layers=settings.num_layers,
+        mask_token_id=None if choice.mask_token is None else choice.mask_token.token_id,
         fc_norm=settings.fc_norm,
         norm_output=settings.norm_output,
         layer_style=settings.layer_style,

@@ -23,8 +23,10 @@ class MetricsRow(BaseModel):
         kind: ``train`` for a step, ``heldout`` for a validation.
         step: optimizer steps done. epoch: passes over the cache done.
         loss: the objective, accuracy: right among all supervised slots; both absent where nothing was supervised.
-        top1: right among supervised slots, one entry a step of the unroll.
+        top1: right among supervised slots, one entry a step of the unroll, or a depth of P-EAGLE.
         conditional_top1: right at step ``k`` among slots right at every step before it.
+        step_loss: mean loss of each step's supervised slots: soft cross-entropy, of P-EAGLE KL.
+        survival: share of the slots valid up to step ``k`` that are right at every step up to it.
         simulated_accept_length, walked_accept_length: tokens a round, the target's own included, decoding greedily.
         expected_accept_length: the same when tokens are drawn at temperature 1.
         learning_rate, grad_norm, tokens_per_second: of the steps since the last line.
@@ -41,6 +43,8 @@ class MetricsRow(BaseModel):
     accuracy: float | None = None
     top1: list[float]
     conditional_top1: list[float]
+    step_loss: list[float] | None = None
+    survival: list[float] | None = None
     simulated_accept_length: float
     expected_accept_length: float | None = None
     walked_accept_length: float | None = None

@@ -134,7 +134,9 @@ def _run(
     trainer = Trainer(settings, corpus, ranks, source() if checkpoint is None else None)
     if ranks.is_first:
         chosen = settings.draft_vocab is not None or settings.draft_vocab_size is not None
-        for line in (trainer.choice.describe(chosen=chosen), trainer.taken_over):
+        mask_token = trainer.choice.mask_token
+        masked = None if mask_token is None else f"mask token {mask_token.token_id} ({mask_token.reason})"
+        for line in (trainer.choice.describe(chosen=chosen), masked, trainer.taken_over):
             sys.stderr.write("" if line is None else f"train: {line}\n")
     unlogged = None if checkpoint is None else trainer.restore(checkpoint)
     # What weights start from may differ between machines in its last bits.
@@ -264,7 +266,7 @@ class _Run:
         """Validate, log it, and return whether the draft is the best so far."""
         trainer, began = self._trainer, time.monotonic()
         tally = trainer.validate()
-        row = tally.row("heldout", trainer.ttt_loss, trainer.position.step, trainer.epochs_done())
+        row = tally.row("heldout", trainer.loss, trainer.position.step, trainer.epochs_done())
         self._write(row)
         # The window's clock leaves validations out.
         self._window.started += time.monotonic() - began

@@ -13,13 +13,13 @@ from eagle_offline.cache.reader import Sample
 from eagle_offline.cache.stored_states import StoredStates, merges_ahead
 from eagle_offline.data.stored_pack import StoredPack, pack_of_samples
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
-from eagle_offline.draft.packed import PackedUnroll
 from eagle_offline.objectives.fused_loss import TargetRows
-from eagle_offline.objectives.packed_ttt import unroll_packed
-from eagle_offline.objectives.plan import UnrollPlan, moved, plan_unroll
-from eagle_offline.objectives.ttt import UnrollSums
+from eagle_offline.objectives.packed_parallel import Part
+from eagle_offline.objectives.parallel_plan import ParallelPlan
+from eagle_offline.objectives.plan import UnrollPlan, moved
 from eagle_offline.objectives.ttt_loss import StepWeights
 from eagle_offline.supervision import Head, chosen_inside
+from eagle_offline.training.objective import Objective, PackSlots, PackStates
 
 # Logits that live at once, in values: three such tensors stand in memory while a chunk of the loss is computed.
 _CHUNK_VALUES = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -36,7 +36,7 @@ class TrainingPack:
         aux_states: rows of ``A·H`` values as stored, ``N`` in all.
         target_states: rows of final states, ``H`` values, or of probabilities, ``Vd``, as stored; ``P`` in all.
         loss_mask: bool ``[1, N]``, slot frame; seq_lens: int64 ``[1, D]``.
-        plan: what an unroll over it computes.
+        plan: what is computed over it.
     """
 
     sample_ids: tuple[int, ...]
@@ -47,7 +47,7 @@ class TrainingPack:
     target_states: tuple[StoredStates, ...]
     loss_mask: Tensor
     seq_lens: Tensor
-    plan: UnrollPlan
+    plan: UnrollPlan | ParallelPlan
 
     def to(self, device: torch.device | str) -> TrainingPack:
         """Return the pack on ``device``."""
@@ -57,7 +57,7 @@ class TrainingPack:
 def make_pack(
     samples: Sequence[Sample],
     selected_token_mask: Tensor,
-    ttt_steps: int,
+    objective: Objective,
     device: torch.device,
     supervision_gate: str = "input",
 ) -> TrainingPack:
@@ -66,39 +66,44 @@ def make_pack(
     Raises:
         DataError: a sample carries no target supervision.
     """
-    return plan_pack(pack_of_samples(samples), selected_token_mask, ttt_steps, device, supervision_gate)
+    return plan_pack(pack_of_samples(samples), selected_token_mask, objective, device, supervision_gate)
 
 
 def plan_pack(
     stored: StoredPack,
     selected_token_mask: Tensor,
-    ttt_steps: int,
+    objective: Objective,
     device: torch.device,
     supervision_gate: str = "input",
+    epoch: int | None = None,
 ) -> TrainingPack:
-    """Settle what the unroll of samples computes, on the CPU.
+    """Settle what is computed over samples, on the CPU.
 
     Args:
         stored: the samples, at least one.
         selected_token_mask: bool ``[V]``, on the CPU.
-        ttt_steps: ``K``.
+        objective: what is computed.
         device: where the pack will be run, which decides how much of the loss is computed at once.
         supervision_gate: ``input``, ``predicted`` or ``both``; see `_gate`.
+        epoch: that the pack is trained in; None for one that is validated on.
     """
     seq_lens, slots = torch.from_numpy(stored.lengths)[None], stored.target_slots
     num_slots = len(stored.input_ids)
     gate = _gate(stored.loss_mask[None], seq_lens, supervision_gate)
-    position_mask = torch.zeros(1, num_slots, dtype=torch.bool)
-    position_mask[0, slots] = gate[0, slots] & chosen_inside(stored.target_argmax, selected_token_mask)
+    known = torch.zeros(1, num_slots, dtype=torch.bool)
+    known[0, slots] = chosen_inside(stored.target_argmax, selected_token_mask)
     rows = torch.full((1, num_slots), -1)
     rows[0, slots] = torch.arange(len(slots))
     draft_vocab_size = int(selected_token_mask.sum())
-    plan = plan_unroll(
-        stored.lengths,
-        shift_left_with_zero(gate)[0].numpy(),
-        shift_left_with_zero(position_mask)[0].numpy(),
-        shift_left_with_zero(rows)[0].numpy(),
-        ttt_steps,
+    plan = objective.plan(
+        PackSlots(
+            sample_ids=stored.sample_ids,
+            lengths=stored.lengths,
+            gate=shift_left_with_zero(gate)[0].numpy(),
+            known=shift_left_with_zero(known)[0].numpy(),
+            target_rows=shift_left_with_zero(rows)[0].numpy(),
+            epoch=epoch,
+        ),
         max(1, _CHUNK_VALUES.get(device.type, _CHUNK_VALUES["cpu"]) // draft_vocab_size),
         ragged=device.type != "cpu",
     )
@@ -128,31 +133,31 @@ def _gate(loss_mask: Tensor, seq_lens: Tensor, supervision_gate: str) -> Tensor:
     return predicted if supervision_gate == "predicted" else loss_mask & predicted
 
 
-def run_pack(
+def pack_parts(
     model: Eagle3DraftModel,
     pack: TrainingPack,
+    objective: Objective,
     selected_head: Head | None,
     weights: StepWeights,
     recompute: bool = False,
-) -> tuple[Tensor, UnrollSums]:
-    """Run a draft over a pack on its device; see `unroll_packed`.
+) -> list[Part]:
+    """Return what a draft computes over a pack on its device; see `Objective.parts`.
 
     Args:
         model: the draft.
         pack: on the draft's device.
+        objective: that the pack was planned for.
         selected_head: the target's head restricted to the draft vocabulary; None when the pack holds probabilities.
         weights: what a supervised slot of each step adds to the loss.
-        recompute: unroll steps are computed again when going back, instead of being kept.
+        recompute: what can be computed again when going back is not kept.
     """
-    return unroll_packed(
-        PackedUnroll(model, pack.plan, pack.input_ids, pack.position_ids, recompute),
-        model.before_head,
-        model.lm_head.weight,
-        pack.plan,
-        _merged(pack.aux_states),
-        _target_rows(pack.target_states, selected_head),
-        weights,
+    states = PackStates(
+        input_ids=pack.input_ids,
+        position_ids=pack.position_ids,
+        aux_hidden_states=lambda: _merged(pack.aux_states),
+        targets=_target_rows(pack.target_states, selected_head),
     )
+    return objective.parts(model, pack.plan, states, weights, recompute)
 
 
 def _target_rows(states: Sequence[StoredStates], selected_head: Head | None) -> TargetRows:

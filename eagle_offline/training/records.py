@@ -57,7 +57,7 @@ class Window:
     """What happened since the last metrics line; its clock starts with it."""
 
     def __init__(self, trainer: Trainer):
-        self.tally = Tally(trainer.settings.ttt_steps, trainer.device)
+        self.tally = Tally(trainer.loss.num_steps, trainer.device)
         self.num_tokens = 0
         self.restart(trainer)
 
@@ -72,7 +72,7 @@ class Window:
         trainer.ranks.add_up(num_tokens)
         return self.tally.over_all(trainer.ranks).row(
             "train",
-            trainer.ttt_loss,
+            trainer.loss,
             trainer.position.step,
             trainer.epochs_done(),
             learning_rate=trainer.optimizer.param_groups[0]["lr"],

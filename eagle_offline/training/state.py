@@ -47,7 +47,7 @@ _FREE_SETTINGS = frozenset(
         "cache", "heldout_cache", "output_dir", "device", "eval_every", "early_stopping", "checkpoint_every",
         "checkpoint_minutes", "checkpoint_epochs", "keep_checkpoints", "log_every", "report_to", "profile", "verify",
         "num_workers", "recompute", "deterministic", "on_nonfinite", "draft_vocab", "resume", "accept_drift",
-        "local_cache", "local_cache_size",
+        "local_cache", "local_cache_size", "sequence_partitions",
     }
 )  # fmt: skip
 
@@ -56,7 +56,7 @@ _ACCEPTABLE_DRIFT = frozenset(
     {
         "learning_rate", "min_learning_rate_ratio", "warmup_ratio", "weight_decay", "beta1", "beta2", "max_grad_norm",
         "num_epochs", "max_steps", "global_batch", "step_decay", "supervision_gate", "lk_loss_type", "lk_kl_scale",
-        "lk_kl_decay",
+        "lk_kl_decay", "depth_weights", "depth_mean", "down_sample_ratio", "down_sample_ratio_min",
     }
 )  # fmt: skip
 
@@ -68,6 +68,11 @@ class Position:
     step: int
     epoch: int
     next_pack: int
+
+    @property
+    def epoch_before(self) -> int:
+        """The epoch of the packs that were trained on last."""
+        return self.epoch - (self.next_pack == 0)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,11 @@ class Standing:
 
 
 def fingerprint(
-    settings: TrainSettings, samples: CacheMixture, heldout: CacheMixture | None, vocab_digest: str
+    settings: TrainSettings,
+    samples: CacheMixture,
+    heldout: CacheMixture | None,
+    vocab_digest: str,
+    mask_token_id: int | None,
 ) -> dict[str, Any]:
     """Return what a checkpoint and its resumption must share, as JSON values by field.
 
@@ -100,6 +109,7 @@ def fingerprint(
         samples: what it trains on.
         heldout: what it validates on, when that is no share of ``samples``: then all of them are trained on.
         vocab_digest: of the draft vocabulary.
+        mask_token_id: of a draft that drafts in parallel.
     """
     chosen = settings.model_dump(mode="json", exclude=set(_FREE_SETTINGS))
     return {
@@ -107,6 +117,7 @@ def fingerprint(
         "cache_identity": _identities(samples),
         "heldout_cache": None if heldout is None else _identities(heldout),
         "draft_vocab_digest": vocab_digest,
+        "mask_token_id": mask_token_id,
         "num_samples": [len(cache) for cache in samples.caches],
     }
 

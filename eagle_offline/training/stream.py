@@ -20,6 +20,7 @@ from eagle_offline.prefetch import prefetch
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.corpus import Corpus
 from eagle_offline.training.draft_start import DraftChoice
+from eagle_offline.training.objective import Objective
 from eagle_offline.training.packs import TrainingPack, plan_pack
 from eagle_offline.training.ranks import Ranks
 from eagle_offline.training.state import Position
@@ -55,6 +56,7 @@ class PackStream:
         corpus: its samples.
         ranks: this process among those of the run.
         choice: what the draft reads and proposes.
+        objective: what is computed.
         device: where packs are run.
 
     Attributes:
@@ -62,9 +64,16 @@ class PackStream:
     """
 
     def __init__(
-        self, settings: TrainSettings, corpus: Corpus, ranks: Ranks, choice: DraftChoice, device: torch.device
+        self,
+        settings: TrainSettings,
+        corpus: Corpus,
+        ranks: Ranks,
+        choice: DraftChoice,
+        objective: Objective,
+        device: torch.device,
     ):
         self._settings, self._corpus, self._ranks, self._device = settings, corpus, ranks, device
+        self._objective = objective
         self._selected_token_mask = choice.selected_token_mask
         self._reader = PackReader.for_device(device, choice.aux_layers)
         # The epoch at hand and the next, while steps are read ahead.
@@ -108,8 +117,9 @@ class PackStream:
         """Return a step with this rank's packs read and laid out, on the CPU."""
         after, packs = step
         own = packs[self._ranks.rank :: self._ranks.size]
-        loaded = tuple(self.pack(self._corpus.samples, pack, self._settings.supervision_gate) for pack in own)
-        counts = np.zeros(self._settings.ttt_steps, np.int64)
+        gate = self._settings.supervision_gate
+        loaded = tuple(self.pack(self._corpus.samples, pack, gate, after.epoch_before) for pack in own)
+        counts = np.zeros(self._objective.loss.num_steps, np.int64)
         for pack in loaded:
             counts += pack.plan.step_counts.numpy()
         samples = np.concatenate(own) if own else np.empty(0, np.int64)
@@ -143,10 +153,16 @@ class PackStream:
         )
         yield from feed(read, self._device)
 
-    def pack(self, mixture: CacheMixture, indices: Sequence[int] | np.ndarray, gate: str = "input") -> TrainingPack:
-        """Return samples as one pack, on the CPU."""
+    def pack(
+        self,
+        mixture: CacheMixture,
+        indices: Sequence[int] | np.ndarray,
+        gate: str = "input",
+        epoch: int | None = None,
+    ) -> TrainingPack:
+        """Return samples as one pack, on the CPU; see `plan_pack`."""
         stored = self._reader.read([mixture.locate(int(index)) for index in indices])
-        return plan_pack(stored, self._selected_token_mask, self._settings.ttt_steps, self._device, gate)
+        return plan_pack(stored, self._selected_token_mask, self._objective, self._device, gate, epoch)
 
     def _timed(self, items: Iterator[T]) -> Iterator[T]:
         """Yield items; what is waited for them is added to `wait_seconds`."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from eagle_offline.objectives.acceptance import expected_accept_length, simulated_accept_length
 from eagle_offline.objectives.ttt import UnrollSums
-from eagle_offline.objectives.ttt_loss import TTTLoss
 from eagle_offline.training.logbook import MetricsRow
+from eagle_offline.training.objective import Loss
 from eagle_offline.training.ranks import Ranks
 
 
@@ -31,15 +31,15 @@ class Tally:
     """Adds up unrolls, and makes metrics of them.
 
     Args:
-        ttt_steps: ``K``.
+        num_steps: ``K``, unroll steps or depths.
         device: where the unrolls are.
 
     Attributes:
         walked_tokens, walked_rounds: of walked decoding, when it was asked for.
     """
 
-    def __init__(self, ttt_steps: int, device: torch.device | str = "cpu"):
-        self._sums = torch.zeros(len(StepTotals._fields), ttt_steps, dtype=torch.float64, device=device)
+    def __init__(self, num_steps: int, device: torch.device | str = "cpu"):
+        self._sums = torch.zeros(len(StepTotals._fields), num_steps, dtype=torch.float64, device=device)
         self.walked_tokens = 0
         self.walked_rounds = 0
 
@@ -66,7 +66,7 @@ class Tally:
             counts=sums.counts,
             overlaps=sums.overlaps.detach(),
             log_overlaps=sums.log_overlaps.detach(),
-            hits=sums.step_hits.sum(dim=(1, 2)),
+            hits=sums.hits,
             prefix_hits=sums.prefix_hits(),
             prefix_valid=sums.prefix_valid(),
             chain_overlaps=sums.chain_overlaps(),
@@ -90,7 +90,7 @@ class Tally:
         total.walked_tokens, total.walked_rounds = (int(count) for count in vector[-2:].tolist())
         return total
 
-    def row(self, kind: str, ttt_loss: TTTLoss, step: int, epoch: float, **measured: float | int | None) -> MetricsRow:
+    def row(self, kind: str, loss: Loss, step: int, epoch: float, **measured: float | int | None) -> MetricsRow:
         """Return the counts as a metrics row, ``measured`` added."""
         totals = self.totals
         counts, measured_any = totals.counts.clamp_min(1), bool(totals.counts.any())
@@ -100,10 +100,12 @@ class Tally:
             kind=kind,
             step=step,
             epoch=epoch,
-            loss=float(ttt_loss.loss(totals)) if measured_any else None,
+            loss=float(loss.loss(totals)) if measured_any else None,
             accuracy=float(totals.hits.sum() / totals.counts.sum()) if measured_any else None,
             top1=(totals.hits / counts).tolist(),
             conditional_top1=(totals.prefix_hits / before).tolist(),
+            step_loss=(totals.losses / counts).tolist(),
+            survival=(totals.prefix_hits / totals.prefix_valid.clamp_min(1)).tolist(),
             simulated_accept_length=float(simulated_accept_length(totals.prefix_hits, totals.prefix_valid)),
             expected_accept_length=float(expected_accept_length(totals.chain_overlaps, totals.prefix_valid)),
             walked_accept_length=walked,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,13 +22,14 @@ from eagle_offline.draft.warm_start import DraftWeights
 from eagle_offline.errors import EagleOfflineError
 from eagle_offline.objectives.plan import moved
 from eagle_offline.objectives.ttt import UnrollSums
-from eagle_offline.objectives.ttt_loss import StepWeights, TTTLoss
+from eagle_offline.objectives.ttt_loss import StepWeights
 from eagle_offline.supervision import Head
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.corpus import Corpus
 from eagle_offline.training.draft_start import choose_draft, start_draft
+from eagle_offline.training.objective import build_objective
 from eagle_offline.training.optimizer import build_optimizer, learning_rate
-from eagle_offline.training.packs import TrainingPack, run_pack
+from eagle_offline.training.packs import TrainingPack, pack_parts
 from eagle_offline.training.ranks import GradientSum, Ranks
 from eagle_offline.training.state import (
     Position,
@@ -82,26 +83,22 @@ class Trainer:
         device = resolve_device(settings.device)
         # One GPU a process: torchrun numbers them.
         self.device = torch.device(f"cuda:{self.ranks.local_rank}" if device == "cuda" else device)
-        self.ttt_loss = TTTLoss(
-            settings.ttt_steps,
-            settings.step_decay,
-            settings.lk_loss_type,
-            settings.lk_kl_scale,
-            settings.lk_kl_decay,
-        )
+        self.objective = build_objective(settings)
+        self.loss = self.objective.loss
         cache = corpus.cache
-        self.choice = choose_draft(settings, corpus.samples.caches)
+        others = None if corpus.heldout is corpus.samples else corpus.heldout
+        self.choice = choose_draft(settings, corpus.samples.caches, () if others is None else others.caches)
         draft, self.taken_over = start_draft(settings, cache, self.choice, source)
         # The stub of `to` is of a decorated method that mypy cannot follow.
         self.model: Eagle3DraftModel = draft.to(self.device)  # type: ignore[arg-type]
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(self.model, settings)
         self.gradients = GradientSum(self.ranks, self.trainable)
-        others = None if corpus.heldout is corpus.samples else corpus.heldout
-        self.expected = fingerprint(settings, corpus.samples, others, self.choice.vocabulary.digest)
+        vocab_digest, mask_token_id = self.choice.vocabulary.digest, self.model.config.mask_token_id
+        self.expected = fingerprint(settings, corpus.samples, others, vocab_digest, mask_token_id)
         self._selected_head = self._head_of(cache)
         self._heldout_head = self._head_of(corpus.heldout.caches[0]) if others is not None else self._selected_head
-        self.stream = PackStream(settings, corpus, self.ranks, self.choice, self.device)
+        self.stream = PackStream(settings, corpus, self.ranks, self.choice, self.objective, self.device)
         self.standing = Standing(Position(step=0, epoch=0, next_pack=0))
         self.total_steps = self.stream.count_steps(self.position)
 
@@ -138,18 +135,16 @@ class Trainer:
         counts = torch.tensor(loaded.step_counts)
         self.ranks.add_up(counts)
         packs, overlaps = loaded.packs, None
-        if self.ttt_loss.weighs_by_overlap:
+        if self.loss.weighs_by_overlap:
             packs = list(packs)
             overlaps = self._overlaps(packs)
-        weights = self._on_device(self.ttt_loss.weights(counts, overlaps))
-        own = Tally(self.settings.ttt_steps, self.device)
+        weights = self._on_device(self.loss.weights(counts, overlaps))
+        own = Tally(self.loss.num_steps, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         for number, pack in enumerate(packs, start=1):
-            loss, sums = self._run(pack, weights, self._selected_head)
-            if number == loaded.num_packs:
-                self.gradients.arm()
-            loss.backward()
-            own.add(sums)
+            arm = self.gradients.arm if number == loaded.num_packs else None
+            for _, sums in self._run(pack, weights, self._selected_head, backward=True, before_last=arm):
+                own.add(sums)
         self.gradients.finish()
         rate = learning_rate(self.position.step, self.total_steps, self.settings)
         for group in self.optimizer.param_groups:
@@ -168,19 +163,43 @@ class Trainer:
     @torch.no_grad()
     def _overlaps(self, packs: Sequence[TrainingPack]) -> Tensor:
         """Return ``Σ α`` ``[K]`` of the whole step at the weights as they are: a forward pass of its own."""
-        total = torch.zeros(self.settings.ttt_steps, dtype=torch.float64)
+        total = torch.zeros(self.loss.num_steps, dtype=torch.float64)
         for pack in packs:
-            _, sums = self._run(pack, self._no_weights(), self._selected_head)
-            total += sums.overlaps.double().cpu()
+            for _, sums in self._run(pack, self._no_weights(), self._selected_head):
+                total += sums.overlaps.double().cpu()
         self.ranks.add_up(total)
         return total
 
-    def _run(self, pack: TrainingPack, weights: StepWeights, head: Head | None) -> tuple[Tensor, UnrollSums]:
-        with self.autocast():
-            return run_pack(self.model, pack.to(self.device), head, weights, self.settings.recompute)
+    def _run(
+        self,
+        pack: TrainingPack,
+        weights: StepWeights,
+        head: Head | None,
+        *,
+        backward: bool = False,
+        before_last: Callable[[], None] | None = None,
+    ) -> Iterator[tuple[Tensor, UnrollSums]]:
+        """Yield loss and sums of each part of a pack that has some, its loss sent back before if asked for.
+
+        Args:
+            pack, weights, head: see `pack_parts`.
+            backward: send losses back.
+            before_last: called before the last one is.
+        """
+        placed = pack.to(self.device)
+        parts = pack_parts(self.model, placed, self.objective, head, weights, self.settings.recompute)
+        for number, part in enumerate(parts, start=1):
+            with self.autocast():
+                loss, sums = part()
+            if backward:
+                if number == len(parts) and before_last is not None:
+                    before_last()
+                loss.backward()
+            if sums is not None:
+                yield loss.detach(), sums
 
     def _no_weights(self) -> StepWeights:
-        return self._on_device(StepWeights(torch.zeros(self.settings.ttt_steps, dtype=torch.float64)))
+        return self._on_device(self.loss.no_weights())
 
     def _on_device(self, weights: StepWeights) -> StepWeights:
         return moved(weights, self.device)
@@ -197,18 +216,17 @@ class Trainer:
         found: list[int] = []
         with torch.no_grad():
             for pack in self.stream.heldout(alone=True):
-                _, sums = self._run(pack, self._no_weights(), self._heldout_head)
-                found += [] if sums.losses.isfinite().all() else pack.sample_ids
+                run = self._run(pack, self._no_weights(), self._heldout_head)
+                found += [] if all(sums.losses.isfinite().all() for _, sums in run) else pack.sample_ids
         return found
 
     def _is_finite(self, index: int) -> bool:
         pack = self.stream.pack(self.corpus.samples, [index], self.settings.supervision_gate)
-        counts = pack.plan.step_counts
-        weights = self._on_device(TTTLoss(self.settings.ttt_steps, self.settings.step_decay).weights(counts))
+        means = 1 / pack.plan.step_counts.double().clamp_min(1)
+        weights = self._on_device(replace(self.loss.no_weights(), cross_entropy=means))
         self.optimizer.zero_grad(set_to_none=True)
-        loss, _ = self._run(pack, weights, self._selected_head)
-        loss.backward()
-        tensors = [loss, *(parameter.grad for parameter in self.trainable if parameter.grad is not None)]
+        losses = [loss for loss, _ in self._run(pack, weights, self._selected_head, backward=True)]
+        tensors = [*losses, *(parameter.grad for parameter in self.trainable if parameter.grad is not None)]
         return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
     def _head_of(self, cache: Cache) -> Head | None:
@@ -224,7 +242,7 @@ class Trainer:
             EagleOfflineError: a loss is not finite; names the samples.
         """
         with self.autocast():
-            tally = validate(self.model, self.stream.heldout(), self._heldout_head, self.ttt_loss, self.ranks)
+            tally = validate(self.model, self.stream.heldout(), self._heldout_head, self.objective, self.ranks)
         if not tally.is_finite():
             ids = sorted(self.ranks.gathered(self.heldout_culprits()))
             raise EagleOfflineError(
@@ -268,7 +286,8 @@ class Trainer:
             draft_vocab_digest=vocabulary.digest,
             draft_vocab_coverage=vocabulary.coverage,
             objective=settings.objective,
-            ttt_steps=settings.ttt_steps,
+            ttt_steps=settings.ttt_steps if settings.objective == "eagle3" else None,
+            num_depths=settings.num_depths if settings.objective == "peagle" else None,
             embeddings_trained=settings.train_embeddings or self._has_other_embeddings,
             init_from=settings.init_from,
             step=self.position.step,

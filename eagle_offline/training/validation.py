@@ -8,9 +8,10 @@ import torch
 
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.objectives.acceptance import walk_answers
-from eagle_offline.objectives.ttt_loss import StepWeights, TTTLoss
+from eagle_offline.objectives.plan import moved
 from eagle_offline.supervision import Head
-from eagle_offline.training.packs import TrainingPack, run_pack
+from eagle_offline.training.objective import Objective
+from eagle_offline.training.packs import TrainingPack, pack_parts
 from eagle_offline.training.ranks import Ranks
 from eagle_offline.training.tally import Tally
 
@@ -20,16 +21,20 @@ def validate(
     draft_model: Eagle3DraftModel,
     packs: Iterable[TrainingPack],
     selected_head: Head | None,
-    ttt_loss: TTTLoss,
+    objective: Objective,
     ranks: Ranks,
 ) -> Tally:
-    """Return the counts of a draft over held-out packs on its device, this rank's and all others'; see `run_pack`."""
-    tally = Tally(ttt_loss.ttt_steps, draft_model.device)
-    weights = StepWeights(torch.ones(ttt_loss.ttt_steps, device=draft_model.device))
+    """Return the counts of a draft over held-out packs on its device, this rank's and all others'; see `pack_parts`."""
+    num_steps, device = objective.loss.num_steps, draft_model.device
+    tally = Tally(num_steps, device)
+    weights = moved(objective.loss.no_weights(), device)
     for pack in packs:
-        _, sums = run_pack(draft_model, pack, selected_head, weights)
-        tally.add(sums)
-        tokens, rounds = walk_answers(sums.step_hits, pack)
+        found = [part()[1] for part in pack_parts(draft_model, pack, objective, selected_head, weights)]
+        step_hits = torch.zeros(num_steps, 1, pack.num_tokens, dtype=torch.bool, device=device)
+        for sums in (sums for sums in found if sums is not None):
+            tally.add(sums)
+            step_hits |= sums.step_hits
+        tokens, rounds = walk_answers(step_hits, pack)
         tally.walked_tokens += tokens
         tally.walked_rounds += rounds
     return tally.over_all(ranks)

@@ -221,7 +221,7 @@ def double_trainer(directory: Path, **changes: object):
 def one_step(trainer, packs: list[list[Sample]]) -> tuple[Tally, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     tally = Tally(trainer.settings.ttt_steps)
     mask = trainer.corpus.cache.selected_token_mask
-    made = tuple(make_pack(pack, mask, trainer.settings.ttt_steps, trainer.device) for pack in packs)
+    made = tuple(make_pack(pack, mask, trainer.objective, trainer.device) for pack in packs)
     counts = np.sum([pack.plan.step_counts.numpy() for pack in made], axis=0)
     num_tokens = sum(pack.num_tokens for pack in made)
     trainer.step(LoadedStep(Position(1, 0, 1), np.empty(0, np.int64), made, len(made), counts, num_tokens), tally)

@@ -27,7 +27,9 @@ from eagle_offline.cache.writer import ensure_index, write_shard
 from eagle_offline.data.stored_pack import PackReader
 from eagle_offline.data.stored_pack import StoredPack as Pack
 from eagle_offline.objectives.fused_loss import TargetRows
+from eagle_offline.objectives.ttt_loss import TTTLoss
 from eagle_offline.train_settings import TrainSettings
+from eagle_offline.training.objective import UnrollObjective
 from eagle_offline.training.packs import plan_pack
 from tests.builders import SCRATCH, make_cache, shared_chat
 from tests.oracles import encodings as oracle
@@ -295,7 +297,7 @@ def test_probabilities_reach_the_loss_as_decoded(name):
     """What the loss asks for of stored rows, chunk by chunk, is the decoded rows in float32."""
     cache = open_cache(made(LOSSY[name]))
     stored = PackReader(merged=False).read([(cache, index) for index in ORDER])
-    pack = plan_pack(stored, cache.selected_token_mask, 3, torch.device("cpu"))
+    pack = plan_pack(stored, cache.selected_token_mask, UnrollObjective(TTTLoss(3)), torch.device("cpu"))
     whole = torch.cat([stored_rows(cache[index]) for index in ORDER]).float()
     (states,) = stored.target_states
     for rows in (TargetRows(states.between, None), TargetRows.of(merged(pack.target_states), None)):

@@ -16,12 +16,14 @@ from eagle_offline import HFEagle3TargetModel
 from eagle_offline.alignment import SlotBatch
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
 from eagle_offline.objectives.acceptance import walk_answers
+from eagle_offline.objectives.peagle import PEagleTrainerModule
 from eagle_offline.objectives.ttt import unroll
 from eagle_offline.objectives.ttt_loss import TTTLoss
 from eagle_offline.serving.cached_target import CachedTarget
-from eagle_offline.serving.chain import ChainDrafter
 from eagle_offline.serving.decoding import Answer, Limits, decode
+from eagle_offline.serving.drafters import drafter_of
 from eagle_offline.serving.drafting import NoDrafter
+from eagle_offline.serving.prediction import parallel_hits
 from eagle_offline.serving.sampling import Sampling
 from tests.oracles import decoding as oracle
 
@@ -39,6 +41,8 @@ class Case:
     num_layers: int = 1
     fc_norm: bool = False
     norm_output: bool = False
+    layer_style: str = "llama"
+    mask_token_id: int | None = None
     updates: int = 25
 
 
@@ -48,7 +52,14 @@ CASES = {
     "two layers, 3.1": Case("Qwen3", num_layers=2, fc_norm=True, norm_output=True),
     "window": Case("Gemma3, window of 8", num_layers=1, norm_output=True, updates=12),
     "untrained": Case("Cohere", updates=0),
+    "parallel": Case(mask_token_id=3, updates=30),
+    "parallel, three layers": Case(num_layers=3, draft_vocab_size=17, mask_token_id=0, updates=60),
+    "parallel, qwen3 layers": Case(layer_style="qwen3", num_layers=3, fc_norm=True, mask_token_id=23, updates=40),
+    "parallel, window": Case("Gemma3, window of 8", mask_token_id=7, updates=60),
+    "parallel, untrained": Case("Cohere", num_layers=3, layer_style="qwen3", mask_token_id=1, updates=0),
 }
+CHAINS = [name for name, case in CASES.items() if case.mask_token_id is None]
+PARALLEL = [name for name in CASES if name not in CHAINS]
 
 
 def prompts_of(case: Case) -> list[list[int]]:
@@ -100,6 +111,25 @@ def slot_batch(
     )
 
 
+def loss_of(draft: Eagle3DraftModel, batch: SlotBatch, ids: torch.Tensor, update: int) -> torch.Tensor:
+    """The loss that a draft of either kind is trained by; P-EAGLE's with nothing left out."""
+    if draft.config.mask_token_id is None:
+        sums = unroll(draft, batch, STEPS)
+        return TTTLoss(len(sums.losses)).loss(sums)
+    members = torch.zeros(draft.config.vocab_size, dtype=torch.bool).index_fill(0, ids, True)
+    module = PEagleTrainerModule(draft, ids, members, STEPS, draft.config.mask_token_id, 1.0, 1.0)
+    metrics = module(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        loss_mask=batch.loss_mask,
+        aux_hidden_states=batch.aux_hidden_states,
+        target_probs=batch.target_probs,
+        position_mask=batch.position_mask.unsqueeze(-1),
+        generator=torch.Generator().manual_seed(update),
+    )
+    return metrics.loss
+
+
 @cache
 def skilled_draft(name: str) -> Eagle3DraftModel:
     """A draft after a few updates on the target's own answers."""
@@ -111,16 +141,24 @@ def skilled_draft(name: str) -> Eagle3DraftModel:
         num_layers=case.num_layers,
         fc_norm=case.fc_norm,
         norm_output=case.norm_output,
+        layer_style=case.layer_style,
+        mask_token_id=case.mask_token_id,
         scale=1.0,
     )
     batch = slot_batch(model, selected(case), prompts_of(case), true_answers(case))
     optimizer = torch.optim.Adam(draft.parameters(), lr=0.02)
-    for _ in range(case.updates):
-        sums = unroll(draft, batch, STEPS)
+    for update in range(case.updates):
         optimizer.zero_grad()
-        TTTLoss(len(sums.losses)).loss(sums).backward()
+        loss_of(draft, batch, selected(case), update).backward()
         optimizer.step()
     return draft.requires_grad_(False)
+
+
+def hits_of(draft: Eagle3DraftModel, batch: SlotBatch, num_draft_tokens: int) -> torch.Tensor:
+    """Top-1 hits [K, B, T] along known text, as a draft of either kind is judged by them."""
+    if draft.config.parallel_drafting:
+        return parallel_hits(draft, batch, num_draft_tokens).step_hits
+    return unroll(draft, batch, num_draft_tokens).step_hits
 
 
 def decoded(
@@ -128,7 +166,7 @@ def decoded(
 ) -> tuple[list[Answer], dict[int, list[list[int]]]]:
     """Answers, and the drafts of every round, prompt by prompt."""
     target = CachedTarget(HFEagle3TargetModel(oracle.target(case.kind), oracle.AUX_LAYER_IDS), capture=True)
-    recorder = oracle.Recorder(ChainDrafter(draft, selected(case), num_draft_tokens))
+    recorder = oracle.Recorder(drafter_of(draft, selected(case), num_draft_tokens))
     answers, _ = decode(target, recorder, prompts, Limits(LENGTH, stops), Sampling(), torch.Generator())
     return answers, recorder.drafted
 
@@ -165,12 +203,39 @@ def test_the_walk_takes_the_rounds_that_decoding_takes(name: str, num_draft_toke
     for prompt, answer in zip(prompts, answers, strict=True):
         batch = slot_batch(oracle.target(case.kind), selected(case), [prompt], [answer.token_ids])
         with torch.no_grad():
-            walked = walk_answers(unroll(draft, batch, num_draft_tokens).step_hits, batch)
+            walked = walk_answers(hits_of(draft, batch, num_draft_tokens), batch)
         assert walked == (sum(answer.accepted) + len(answer.accepted), len(answer.accepted))
         tokens, rounds = tokens + walked[0], rounds + walked[1]
-    batch = slot_batch(oracle.target(case.kind), selected(case), prompts, [answer.token_ids for answer in answers])
+    if case.mask_token_id is None:
+        batch = slot_batch(oracle.target(case.kind), selected(case), prompts, [answer.token_ids for answer in answers])
+        with torch.no_grad():
+            assert walk_answers(hits_of(draft, batch, num_draft_tokens), batch) == (tokens, rounds)
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_hits_along_an_answer_are_those_of_the_definition_at_every_anchor(name: str) -> None:
+    """On the target's own answer a draft is right where it is the answer's token; beyond the answer nothing counts."""
+    case, num_depths = CASES[name], 4
+    draft, model, ids = skilled_draft(name), oracle.target(case.kind), selected(case)
+    prompt, answer = prompts_of(case)[3], true_answers(case)[3]
+    batch = slot_batch(model, ids, [prompt], [answer])
+    length, aux = batch.input_ids.shape[1], oracle.states_of(model, [*prompt, *answer])
+    right, valid = torch.zeros(2, num_depths, 1, length, dtype=torch.bool)
+    for known in range(len(answer) - 1):
+        slot = len(prompt) + known - 1
+        guesses = oracle.drafted(draft, ids, aux, [*prompt, *answer[: known + 1]], num_depths).token_ids
+        for depth, true in enumerate(answer[known + 1 :][:num_depths]):
+            valid[depth, 0, slot] = True
+            right[depth, 0, slot] = guesses[depth] == true
     with torch.no_grad():
-        assert walk_answers(unroll(draft, batch, num_draft_tokens).step_hits, batch) == (tokens, rounds)
+        found = parallel_hits(draft, batch, num_depths)
+    # A chain counts while its last slot reads a token of the answer; what follows the last one is not known here.
+    assert torch.equal(found.step_valid & valid, valid)
+    assert torch.equal(found.step_hits & valid, right)
+    assert not (found.step_hits & ~found.step_valid).any()
+    expected = [len(answer) - depth for depth in range(num_depths)]
+    assert found.step_valid.sum(dim=(1, 2)).tolist() == expected
+    assert right.any() or not case.updates
 
 
 def test_more_drafts_a_round_never_take_more_rounds() -> None:
@@ -184,7 +249,7 @@ def test_more_drafts_a_round_never_take_more_rounds() -> None:
     assert taken[-1] < taken[0]
 
 
-@pytest.mark.parametrize("name", ["plain", "window"])
+@pytest.mark.parametrize("name", ["plain", "window", "parallel", "parallel, window"])
 def test_speculative_plain_and_naive_decoding_are_one(name: str) -> None:
     case = CASES[name]
     target = CachedTarget(HFEagle3TargetModel(oracle.target(case.kind), oracle.AUX_LAYER_IDS), capture=False)
@@ -210,8 +275,9 @@ def test_other_prompts_draft_as_defined_and_are_walked_as_decoded(name: str, see
             )
             assert drafted[row] == [one.drafted for one in rounds]
             assert answer.accepted == [one.accepted for one in rounds]
-        batch = slot_batch(oracle.target(case.kind), selected(case), prompts, [a.token_ids for a in answers])
-        with torch.no_grad():
-            walked = walk_answers(unroll(draft, batch, num_draft_tokens).step_hits, batch)
-        rounds = sum(len(answer.accepted) for answer in answers)
-        assert walked == (sum(sum(answer.accepted) for answer in answers) + rounds, rounds)
+        for prompt, answer in zip(prompts, answers, strict=True):
+            batch = slot_batch(oracle.target(case.kind), selected(case), [prompt], [answer.token_ids])
+            with torch.no_grad():
+                walked = walk_answers(hits_of(draft, batch, num_draft_tokens), batch)
+            rounds = len(answer.accepted)
+            assert walked == (sum(answer.accepted) + rounds, rounds)

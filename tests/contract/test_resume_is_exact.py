@@ -42,6 +42,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "frequent validation": {"eval_every": 3, "checkpoint_every": 2},
     "3.1": {"fc_norm": True, "norm_output": True, "num_draft_layers": 2, "weight_decay": 0.1},
     "trained embeddings": {"train_embeddings": True, "max_steps": 11},
+    "P-EAGLE": {"objective": "peagle", "num_draft_layers": 2, "num_depths": 4},
+    "P-EAGLE in parts": {"objective": "peagle", "num_draft_layers": 1, "sequence_partitions": 3, "global_batch": 2},
 }
 
 
@@ -281,7 +283,7 @@ def all_for_long(tmp_path_factory) -> Path:
 
 # Where a life may end: what is called, and about how often a life calls it.
 MOMENTS: dict[str, tuple[Any, str, int]] = {
-    "forward of a pack": (trainer_module, "run_pack", 9),
+    "forward of a pack": (trainer_module, "pack_parts", 9),
     "step": (Trainer, "step", 3),
     "validation": (Trainer, "validate", 2),
     "checkpoint": (Trainer, "save", 2),
@@ -346,7 +348,7 @@ def test_killed_in_the_middle_of_an_accumulation_equals_uninterrupted(after, all
     run = tmp_path / "run"
     # With lambda each step runs its packs twice, the first time for their overlaps: calls 4, 8, … are second packs.
     for call in (4, 16):
-        prepare = kill_at_call(trainer_module, "run_pack", call, after=after)
+        prepare = kill_at_call(trainer_module, "pack_parts", call, after=after)
         (ended,) = run_children(command_of(everything(run, resume=True, eval_every=500)), tmp_path, prepare=prepare)
         assert ended.code == -signal.SIGKILL, ended.err
     (ended,) = run_children(command_of(everything(run, resume=True, eval_every=500)), tmp_path)

@@ -48,7 +48,13 @@ def without(given: DraftWeights, *names: str) -> DraftWeights:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"layer_style": "qwen3", "num_layers": 2}, {"hidden_size": 16}, {"fc_norm": True, "norm_output": True}],
+    [
+        {},
+        {"layer_style": "qwen3", "num_layers": 2},
+        {"hidden_size": 16},
+        {"fc_norm": True, "norm_output": True},
+        {"mask_token_id": 7, "num_layers": 4},
+    ],
 )
 def test_every_parameter_is_taken_and_rows_of_the_head_by_token(changes):
     model, start, given = fresh(**changes), fresh(**changes), source(**changes)
@@ -64,7 +70,8 @@ def test_every_parameter_is_taken_and_rows_of_the_head_by_token(changes):
     assert (record.name, record.head_rows, record.num_head_rows) == ("org/draft", 3, 6)
     assert (record.own_embeddings, record.aux_layers_known, record.differing) == (False, True, {})
     assert set(record.parameters) == given.tensors.keys() - {"embed_tokens.weight"}
-    assert record.describe() == "start from org/draft: 3 of 6 head rows taken, embeddings the target's"
+    mask = "; mask_hidden its own" if "mask_token_id" in changes else ""
+    assert record.describe() == f"start from org/draft: 3 of 6 head rows taken, embeddings the target's{mask}"
 
 
 def test_the_same_vocabulary_takes_every_row():
@@ -134,6 +141,37 @@ def test_what_changes_no_shape_is_noted():
     assert record.differing["rms_norm_eps"] == (1e-6, 1e-4)
     assert record.differing["rope_parameters"][0] == {"rope_type": "default", "rope_theta": 10.0}
     assert "rms_norm_eps was 1e-06, is 0.0001" in record.describe()
+
+
+@pytest.mark.parametrize("norm_output", [False, True])
+def test_a_p_eagle_draft_starts_from_an_eagle_3_draft_with_a_random_mask(norm_output):
+    """It feeds nothing back, so what the other fed back is no obstacle."""
+    model, start, given = fresh(mask_token_id=7), fresh(mask_token_id=7), source(norm_output=norm_output)
+    record = warm_start(model, OURS, LAYERS, given)
+    assert torch.equal(model.mask_hidden, start.mask_hidden)
+    assert torch.equal(model.fc.weight, given.tensors["fc.weight"])
+    assert "mask_hidden" not in record.parameters
+    assert record.describe().endswith("; mask_hidden random, it is an EAGLE-3 draft")
+
+
+@pytest.mark.parametrize("norm_output", [False, True])
+def test_an_eagle_3_draft_starts_from_a_p_eagle_draft_without_its_mask(norm_output):
+    model, given = fresh(norm_output=norm_output), source(mask_token_id=7)
+    record = warm_start(model, OURS, LAYERS, given)
+    assert model.mask_hidden is None
+    assert set(record.parameters) == given.tensors.keys() - {"embed_tokens.weight", "mask_hidden"}
+    assert torch.equal(model.fc.weight, given.tensors["fc.weight"])
+    assert record.describe().endswith("; its mask_hidden left out, it is a P-EAGLE draft")
+
+
+def test_another_mask_token_is_refused_with_the_flag_that_fits():
+    with pytest.raises(MismatchError, match=r"mask_token_id: expected 8, found 7 \(give --mask-token-id 7\)"):
+        warm_start(fresh(mask_token_id=8), OURS, LAYERS, source(mask_token_id=7))
+
+
+def test_a_p_eagle_source_without_its_mask_is_damaged():
+    with pytest.raises(MismatchError, match="mask_hidden is missing"):
+        warm_start(fresh(mask_token_id=7), OURS, LAYERS, without(source(mask_token_id=7), "mask_hidden"))
 
 
 # What is changed in the source, and the line that names it.

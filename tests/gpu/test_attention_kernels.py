@@ -129,7 +129,13 @@ class Job:
         with torch.autocast(self.ids.device.type, torch.bfloat16, enabled=autocast):
             work = PackedUnroll(self.model, self.plan, self.ids, self.positions, recompute)
             loss, _ = unroll_packed(
-                work, self.model.before_head, self.model.lm_head.weight, self.plan, self.aux, self.targets, self.weights
+                work,
+                self.model.before_head,
+                self.model.lm_head.weight,
+                self.plan,
+                lambda: self.aux,
+                self.targets,
+                self.weights,
             )
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}

@@ -13,6 +13,13 @@ from eagle_offline.cache import codec
 from eagle_offline.cache.encodings import encoding_of
 from eagle_offline.cache.layout import FieldLayout
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
+from eagle_offline.draft.parallel import PackedParallel
+from eagle_offline.objectives.fused_loss import TargetRows
+from eagle_offline.objectives.packed_parallel import PackedParallelLoss
+from eagle_offline.objectives.parallel_loss import ParallelLoss
+from eagle_offline.objectives.parallel_plan import plan_parallel, sample_elements
+from eagle_offline.objectives.peagle_plan import CodSampling
+from eagle_offline.objectives.plan import moved
 from eagle_offline.objectives.ttt import unroll
 from eagle_offline.objectives.ttt_loss import TTTLoss
 from eagle_offline.supervision import Head
@@ -67,6 +74,61 @@ def test_unroll_on_a_device_in_float32_equals_float64_on_the_cpu(device):
         scale = other.grad.abs().max()
         error = (parameter.grad.cpu().double() - other.grad).abs().max()
         assert error <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_parallel_forward_on_a_device_equals_float64_on_the_cpu(device, autocast):
+    lengths, num_depths = [120, 7, 300, 1, 90], 6
+    rng, num_slots = np.random.default_rng(0), sum(lengths)
+    supervised = rng.random(num_slots) < 0.8
+    supervised[np.cumsum(lengths) - 1] = False
+    generators = [torch.Generator().manual_seed(index) for index in range(len(lengths))]
+    elements = sample_elements(lengths, supervised, CodSampling(num_depths, 0.8, 0.2), generators)
+    torch.manual_seed(0)
+    config = Eagle3DraftConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=3, parallel_drafting=True, mask_token_id=7,
+    )  # fmt: skip
+    model = Eagle3DraftModel(config)
+    exact_model = Eagle3DraftModel(config).double()
+    exact_model.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50, (num_slots,), generator=generator)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    aux = torch.randn(num_slots, 3 * 64, generator=generator, dtype=torch.float64)
+    probs = torch.randn(num_slots, 50, generator=generator, dtype=torch.float64).mul(3).softmax(-1)
+
+    def run(draft: Any, place: str, dtype: torch.dtype, num_segments: int) -> float:
+        rows = np.arange(num_slots)
+        plan = plan_parallel(
+            lengths, supervised, supervised, rows, elements, num_depths, 64, num_segments, ragged=place != "cpu"
+        )
+        plan = moved(plan, place)
+        loss = PackedParallelLoss(
+            PackedParallel(draft, plan, ids.to(place), positions.to(place)),
+            draft.before_head,
+            draft.lm_head.weight,
+            plan,
+            lambda: aux.to(place, dtype),
+            TargetRows.of(probs.to(place, dtype), None),
+            moved(ParallelLoss(num_depths).weights(plan.step_counts), place),
+        )
+        total = 0.0
+        for part in loss.parts():
+            with torch.autocast(place, torch.bfloat16, enabled=autocast and dtype == torch.float32):
+                value, _ = part()
+            value.backward()
+            total += float(value.detach())
+        return total
+
+    exact = run(exact_model, "cpu", torch.float64, 1)
+    found = run(model.to(device), device, torch.float32, 3)
+    assert found == pytest.approx(exact, rel=2e-2 if autocast else 1e-5)
+    for (name, parameter), other in zip(model.named_parameters(), exact_model.parameters(), strict=True):
+        scale = other.grad.abs().max()
+        error = (parameter.grad.cpu().double() - other.grad).abs().max()
+        assert error <= (0.1 if autocast else 1e-4) * scale, name
 
 
 @pytest.mark.parametrize("device", DEVICES)

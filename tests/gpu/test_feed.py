@@ -11,7 +11,9 @@ from eagle_offline import open_cache
 from eagle_offline.data.buffers import HostBuffers
 from eagle_offline.data.feed import feed, mapped
 from eagle_offline.data.stored_pack import PackReader
+from eagle_offline.objectives.ttt_loss import TTTLoss
 from eagle_offline.prefetch import prefetch
+from eagle_offline.training.objective import UnrollObjective
 from eagle_offline.training.packs import plan_pack
 from tests.training.caches import shared_cache
 
@@ -44,7 +46,7 @@ def test_packs_merged_on_the_device_hold_the_samples_bits(encoding):
     groups = [[(cache, index) for index in range(start, start + 4)] for start in range(0, 20, 4)]
 
     def read(group):
-        return plan_pack(reader.read(group), cache.selected_token_mask, 3, device)
+        return plan_pack(reader.read(group), cache.selected_token_mask, UnrollObjective(TTTLoss(3)), device)
 
     for group, pack in zip(groups, feed(prefetch(read, groups, num_workers=2), device), strict=True):
         tensors: list[torch.Tensor] = []

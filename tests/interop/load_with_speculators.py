@@ -4,20 +4,24 @@ Usage: python load_with_speculators.py DIRECTORY
 
 Every ``DIRECTORY/<case>`` holds ``target``, the exported ``flat`` and ``speculators`` directories and
 ``inputs.safetensors``; ``from_pretrained.safetensors`` and ``converted.safetensors`` are written beside them, each
-with ``logits`` float32 ``[K, T, Vd]``.
+with ``logits`` float32 ``[K, T, Vd]``, of P-EAGLE ``[1, M, Vd]`` for the ``M`` elements in the inputs.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
 from speculators import SpeculatorModel, SpeculatorModelConfig
 from speculators.convert import convert_model
+from speculators.models.peagle import core
 
 
 def load(directory: Path, *, embeddings_of_target: bool = False) -> torch.nn.Module:
@@ -39,17 +43,43 @@ def load(directory: Path, *, embeddings_of_target: bool = False) -> torch.nn.Mod
 @torch.no_grad()
 def step_logits(draft: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the logits ``[K, T, Vd]`` of an unroll over given tokens."""
+    with heads_of(draft) as logits:
+        draft(
+            hidden_states=inputs["aux_hidden_states"],
+            input_ids=inputs["input_ids"],
+            document_ids=torch.zeros_like(inputs["input_ids"]),
+            position_ids=inputs["position_ids"],
+            ttt_steps=int(inputs["ttt_steps"]),
+        )
+    return torch.stack(logits)
+
+
+@torch.no_grad()
+def parallel_logits(draft: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the logits ``[1, M, Vd]`` of P-EAGLE elements, those in the inputs in the place of drawn ones."""
+    drawn = mock.Mock(return_value=(inputs["anchor_pos"], inputs["depth"]))
+    # The loss is of no interest here, and has no kernels for a CPU.
+    loss = mock.Mock(return_value=(None, {}))
+    with (
+        mock.patch.multiple(core, generate_cod_sample_indices=drawn, compute_metrics=loss),
+        heads_of(draft) as logits,
+    ):
+        draft(
+            hidden_states=inputs["aux_hidden_states"],
+            input_ids=inputs["input_ids"],
+            document_ids=torch.zeros_like(inputs["input_ids"]),
+            verifier_last_hidden_states=torch.zeros(*inputs["input_ids"].shape, draft.hidden_size),
+        )
+    return torch.stack(logits)
+
+
+@contextmanager
+def heads_of(draft: torch.nn.Module) -> Iterator[list[torch.Tensor]]:
+    """Yield a list that gets the logits of every call of the draft's head, the only row of the batch."""
     logits: list[torch.Tensor] = []
     handle = draft.lm_head.register_forward_hook(lambda _module, _inputs, output: logits.append(output[0].clone()))
-    draft(
-        hidden_states=inputs["aux_hidden_states"],
-        input_ids=inputs["input_ids"],
-        document_ids=torch.zeros_like(inputs["input_ids"]),
-        position_ids=inputs["position_ids"],
-        ttt_steps=int(inputs["ttt_steps"]),
-    )
+    yield logits
     handle.remove()
-    return torch.stack(logits)
 
 
 def main(root: Path) -> None:
@@ -57,7 +87,8 @@ def main(root: Path) -> None:
     for case in sorted(path for path in root.iterdir() if path.is_dir()):
         inputs = load_file(case / "inputs.safetensors")
         facts = json.loads((case / "case.json").read_text())
-        save_file({"logits": step_logits(load(case / "speculators"), inputs)}, case / "from_pretrained.safetensors")
+        logits_of = parallel_logits if "anchor_pos" in inputs else step_logits
+        save_file({"logits": logits_of(load(case / "speculators"), inputs)}, case / "from_pretrained.safetensors")
         if facts["convertible"]:
             convert_model(
                 model=str(case / "flat"),

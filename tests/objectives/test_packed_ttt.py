@@ -99,7 +99,7 @@ def run_packed(
     work = PackedUnroll(model, plan, batch.input_ids[0], batch.position_ids[0], recompute)
     targets = TargetRows.of(batch.target_probs[0], None)
     head_weight, given = model.lm_head.weight, StepWeights(weights) if isinstance(weights, torch.Tensor) else weights
-    return unroll_packed(work, model.before_head, head_weight, plan, batch.aux_hidden_states[0], targets, given)
+    return unroll_packed(work, model.before_head, head_weight, plan, lambda: batch.aux_hidden_states[0], targets, given)
 
 
 def gradients(model: Eagle3DraftModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -229,7 +229,7 @@ def test_supervision_from_final_states_equals_that_from_probabilities():
         model.before_head,
         model.lm_head.weight,
         plan,
-        batch.aux_hidden_states[0],
+        lambda: batch.aux_hidden_states[0],
         TargetRows.of(states, head),
         StepWeights(weights),
     )

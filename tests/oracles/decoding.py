@@ -1,4 +1,6 @@
-"""Decoding by definition: a full forward a token and no cache, and the EAGLE-3 chain from scratch in every round.
+"""Decoding by definition: a full forward a token and no cache, and drafts from scratch in every round.
+
+Drafts are those of the EAGLE-3 chain, or of P-EAGLE's one forward.
 
 Beside the definitions, the random targets and drafts they are asked about, a drafter that replays known answers with
 errors, and one that records what another proposes. Nothing here calls the code it judges.
@@ -20,7 +22,8 @@ from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
 from eagle_offline.serving.drafting import ChainProposal, Proposal, Settled
 from eagle_offline.serving.sampling import Sampling
 from tests import builders
-from tests.oracles.ttt import Draft, Row, draft_step, read_draft
+from tests.draft.styles import twin
+from tests.oracles.ttt import Draft, Row, draft_step
 
 AUX_LAYER_IDS = [0, 1, 2]
 NUM_LAYERS = 4
@@ -135,7 +138,7 @@ def ended(answer: Sequence[int], max_new_tokens: int, stop_token_ids: Collection
     return short[: stops[0] + 1] if stops else short
 
 
-# --- The EAGLE-3 chain ---
+# --- Drafts ---
 
 
 def make_draft(
@@ -148,8 +151,13 @@ def make_draft(
     norm_output: bool = False,
     rope_theta: float = 100.0,
     scale: float = 1.5,
+    mask_token_id: int | None = None,
+    layer_style: str = "llama",
 ) -> Eagle3DraftModel:
-    """A float64 draft for a target, no parameter near its neutral value; a small theta, so that positions matter."""
+    """A float64 draft for a target, no parameter near its neutral value; a small theta, so that positions matter.
+
+    With a mask token it is a P-EAGLE draft.
+    """
     config = Eagle3DraftConfig(
         vocab_size=model.config.vocab_size,
         draft_vocab_size=draft_vocab_size,
@@ -163,6 +171,9 @@ def make_draft(
         num_aux_hidden_states=len(AUX_LAYER_IDS),
         fc_norm=fc_norm,
         norm_output=norm_output,
+        layer_style=layer_style,  # type: ignore[arg-type]
+        parallel_drafting=mask_token_id is not None,
+        mask_token_id=mask_token_id,
         rms_norm_eps=1e-3,
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
         max_position_embeddings=512,
@@ -174,6 +185,8 @@ def make_draft(
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             if parameter.dim() == 1:
                 parameter.copy_(1 + 0.3 * noise)
+            elif parameter is draft.mask_hidden:
+                parameter.copy_(noise)
             else:
                 parameter.copy_(scale * noise / parameter.shape[-1] ** 0.5)
     return draft
@@ -220,6 +233,48 @@ def drafted_chain(
     return Chain(chosen, all_logits)
 
 
+@torch.no_grad()
+def drafted_in_parallel(
+    draft: Draft, selected: torch.Tensor, aux: torch.Tensor, tokens: Sequence[int], num_draft_tokens: int, mask: int
+) -> Chain:
+    """What a P-EAGLE draft proposes after known tokens x_0 … x_n, of which the target has run all but the last.
+
+    One forward over elements of an anchor and a depth: the slots 0 … n - 1 at depth 0, slot t holding a_t and x_{t+1},
+    and depths 1 … K - 1 of anchor n - 1, holding the mask token and the mask's state. An element stands at position
+    anchor + depth and reads those of depth 0 with no later anchor and those of its own anchor that are no deeper.
+    """
+    num_slots = len(tokens) - 1
+    elements = [(slot, 0) for slot in range(num_slots)]
+    elements += [(num_slots - 1, depth) for depth in range(1, num_draft_tokens)]
+
+    def reads(_step: int, element: int, _documents: list[int], _padding: list[bool]) -> list[tuple[int, int]]:
+        anchor, depth = elements[element]
+        return [
+            (0, place)
+            for place, (other, at) in enumerate(elements)
+            if (at == 0 and anchor >= other) or (anchor == other and depth >= at)
+        ]
+
+    num_masks = num_draft_tokens - 1
+    ids = torch.tensor([*tokens[1:], *[mask] * num_masks])
+    mask_hidden = draft.parameters["mask_hidden"].reshape(1, -1).expand(num_masks, -1)
+    states = draft.project(torch.cat([aux[:num_slots].double(), mask_hidden]))
+    positions = [anchor + depth for anchor, depth in elements]
+    row = Row([0] * len(elements), [False] * len(elements), positions, visible=reads)
+    logits = draft.logits(draft_step(draft, row, 0, ids, states))[num_slots - 1 :]
+    return Chain([int(selected[int(one.argmax())]) for one in logits], list(logits))
+
+
+def drafted(
+    model: Eagle3DraftModel, selected: torch.Tensor, aux: torch.Tensor, tokens: Sequence[int], num_draft_tokens: int
+) -> Chain:
+    """What a draft of either kind proposes after known tokens; see `drafted_chain` and `drafted_in_parallel`."""
+    weights, mask = twin(model), model.config.mask_token_id
+    if mask is None:
+        return drafted_chain(weights, selected, aux, tokens, num_draft_tokens)
+    return drafted_in_parallel(weights, selected, aux, tokens, num_draft_tokens, mask)
+
+
 @dataclass(frozen=True)
 class Round:
     """What a round drafted, and how many of the drafts the answer holds."""
@@ -238,17 +293,15 @@ def speculative_rounds(
     layer_ids: Sequence[int] = AUX_LAYER_IDS,
 ) -> list[Round]:
     """The rounds that yield a greedy answer, each recomputed from nothing; its first token is known before them."""
-    weights = read_draft(dict(draft.named_parameters()), draft.config)
     aux, known, rounds = states_of(model, [*prompt, *answer], layer_ids), 1, []
     while known < len(answer):
-        tokens = [*prompt, *answer[:known]]
-        drafted = drafted_chain(weights, selected, aux, tokens, num_draft_tokens).token_ids
+        guesses = drafted(draft, selected, aux, [*prompt, *answer[:known]], num_draft_tokens).token_ids
         accepted = 0
-        for guess, true in zip(drafted, answer[known:], strict=False):
+        for guess, true in zip(guesses, answer[known:], strict=False):
             if guess != true:
                 break
             accepted += 1
-        rounds.append(Round(drafted, accepted))
+        rounds.append(Round(guesses, accepted))
         known += accepted + 1
     return rounds
 

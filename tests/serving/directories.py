@@ -55,6 +55,7 @@ class Kind:
     embeddings_trained: bool = False
     target_hidden_size: int = HIDDEN_SIZE
     layer_style: str = "llama"
+    mask_token_id: int | None = None
     rope: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
     @property
@@ -87,10 +88,20 @@ KINDS = {
     "linear_rope": Kind(rope={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
     "qwen3": Kind(layer_style="qwen3"),
     "qwen3_two_layers_31": Kind(layer_style="qwen3", num_layers=2, fc_norm=True, norm_output=True),
+    "peagle": Kind(mask_token_id=5),
+    "peagle_four_layers": Kind(mask_token_id=0, num_layers=4, num_aux=4),
+    "peagle_qwen3": Kind(mask_token_id=39, layer_style="qwen3", full_vocabulary=True),
 }
-# Another width than the target's: flat directories alone hold it, with its own embeddings.
+# Another width than the target's, and P-EAGLE with normed aux states: flat directories alone hold them, the former with
+# their own embeddings.
 NARROW = Kind(target_hidden_size=24)
-FLAT_KINDS = {**KINDS, "narrow": NARROW, "narrow_qwen3": Kind(target_hidden_size=24, layer_style="qwen3")}
+FLAT_KINDS = {
+    **KINDS,
+    "narrow": NARROW,
+    "narrow_qwen3": Kind(target_hidden_size=24, layer_style="qwen3"),
+    "peagle_narrow": Kind(target_hidden_size=24, mask_token_id=5),
+    "peagle_normed": Kind(mask_token_id=5, fc_norm=True),
+}
 
 
 def make_model(kind: Kind = PLAIN, seed: int = 0) -> Eagle3DraftModel:
@@ -109,6 +120,8 @@ def make_model(kind: Kind = PLAIN, seed: int = 0) -> Eagle3DraftModel:
         fc_norm=kind.fc_norm,
         norm_output=kind.norm_output,
         layer_style=kind.layer_style,
+        parallel_drafting=kind.mask_token_id is not None,
+        mask_token_id=kind.mask_token_id,
         rope_parameters=dict(kind.rope),
         max_position_embeddings=64,
         initializer_range=0.2,
@@ -138,8 +151,11 @@ def make_origin(kind: Kind = PLAIN, **changes: Any) -> DraftOrigin:
         "dataset": {"sources": [{"name": "chat.jsonl", "digest": "e" * 32}], "num_samples": 7},
         "draft_vocab_digest": "f" * 32,
         "draft_vocab_coverage": 0.97,
-        "objective": "eagle3",
-        "ttt_steps": 3,
+        **(
+            {"objective": "eagle3", "ttt_steps": 3}
+            if kind.mask_token_id is None
+            else {"objective": "peagle", "num_depths": 4}
+        ),
         "embeddings_trained": kind.embeddings_trained,
         "step": 12,
         "heldout": {"simulated_accept_length": 2.5, "top1": [0.5, 0.25]},
@@ -177,6 +193,11 @@ def llama_fields(kind: Kind = PLAIN) -> dict[str, Any]:
     return fields | ({"use_sliding_window": False} if kind.layer_style == "qwen3" else {"mlp_bias": False})
 
 
+def parallel_fields(kind: Kind) -> dict[str, Any]:
+    """What a P-EAGLE config says beside the rest."""
+    return {} if kind.mask_token_id is None else {"parallel_drafting": True, "mask_token_id": kind.mask_token_id}
+
+
 def vocabulary(kind: Kind = PLAIN) -> dict[str, Tensor]:
     """The two tensors of a draft vocabulary; none for a full one."""
     if kind.full_vocabulary:
@@ -204,6 +225,7 @@ def flat(kind: Kind = PLAIN) -> Directory:
         "norm_output": kind.norm_output,
         AUX_IDS: [layer_id + 1 for layer_id in kind.outputs],
         "eagle_config": {AUX_IDS: kind.outputs, "use_aux_hidden_state": True},
+        **parallel_fields(kind),
     }
     if kind.target_hidden_size != HIDDEN_SIZE:
         config["target_hidden_size"] = kind.target_hidden_size
@@ -214,8 +236,8 @@ def speculators(kind: Kind = PLAIN) -> Directory:
     """A speculators directory with the weights of `make_model`."""
     tensors = {name: tensor.clone() for name, tensor in make_model(kind).state_dict().items()}
     config = {
-        "architectures": ["Eagle3DraftModel"],
-        "speculators_model_type": "eagle3",
+        "architectures": ["Eagle3DraftModel" if kind.mask_token_id is None else "PEagleDraftModel"],
+        "speculators_model_type": "eagle3" if kind.mask_token_id is None else "peagle",
         "dtype": "float32",
         "draft_vocab_size": len(kind.selected),
         "fc_norm": kind.fc_norm,
@@ -226,11 +248,12 @@ def speculators(kind: Kind = PLAIN) -> Directory:
         AUX_IDS: [layer_id + 1 for layer_id in kind.outputs],
         "transformer_layer_config": llama_fields(kind),
         "speculators_config": {
-            "algorithm": "eagle3",
+            "algorithm": "eagle3" if kind.mask_token_id is None else "peagle",
             "default_proposal_method": "greedy",
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
             "verifier": {"name_or_path": "org/target", "architectures": ["LlamaForCausalLM"]},
         },
+        **parallel_fields(kind),
     }
     return Directory(config, tensors | vocabulary(kind))
 

@@ -138,19 +138,10 @@ def prefixed(made):
     }
 
 
-def parallel(made):
-    made.config |= {"parallel_drafting": True, "mask_token_id": 5}
-    made.tensors["mask_hidden"] = torch.zeros(1, 1, 3 * HIDDEN_SIZE)
-
-
-def peagle(made):
-    parallel(made)
-    made.config["speculators_model_type"] = "peagle"
-
-
 ALL_FLAT, ALL_NESTED = ENGINES_THAT_READ["flat"], ENGINES_THAT_READ["speculators"]
 Q_BIAS, FC_NORM, ETC = "midlayer.self_attn.q_proj.bias", "fc_norm.0.weight", Kind(full_vocabulary=True)
 QWEN3 = Kind(layer_style="qwen3")
+PEAGLE = KINDS["peagle"]
 QK_NORMS = both(*(tensor(f"midlayer.self_attn.{part}_norm.weight", torch.ones(HEAD_DIM)) for part in "qk"))
 ROPE2 = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 UNTIED_NOTES = ("vllm", "eagle")
@@ -205,9 +196,10 @@ BROKEN = [
     Broken("fc-norm", become(lambda: flat(Kind(fc_norm=True))), ("eagle",)),
     Broken(
         "fc-norm",
-        both(become(lambda: speculators(Kind(fc_norm=True))), peagle),
+        become(lambda: speculators(Kind(fc_norm=True, mask_token_id=5))),
         ("vllm",),
         layout="speculators",
+        kind=PEAGLE,
     ),
     Broken("norm-flags", tensor(FC_NORM, torch.ones(16)), ("vllm", "sglang")),
     Broken("norm-flags", put("norm_before_fc", True), ("vllm", "speculators"), layout="speculators"),
@@ -313,10 +305,20 @@ BROKEN = [
                                                      if k != "rope_theta"})), ("eagle",)),
     Broken("rope-scaling", both(put("rope_parameters", {**ROPE2, "rope_theta": 5e5}), put("rope_theta", 5e5),
                                 put("rope_scaling", {"type": "linear", "factor": 2.0})), ("eagle",)),
-    Broken("parallel-drafting", parallel, ("sglang", "eagle")),
-    Broken("mask-token", both(peagle, without("mask_token_id")), ALL_NESTED, layout="speculators"),
-    Broken("mask-token", both(peagle, no_tensor("mask_hidden")), ALL_NESTED, layout="speculators"),
-    Broken("mask-token", both(peagle, put("mask_token_id", VOCAB_SIZE)), ALL_NESTED, layout="speculators"),
+    Broken("parallel-drafting", become(lambda: flat(PEAGLE)), ("sglang", "eagle")),
+    Broken("mask-token", without("mask_token_id"), ALL_NESTED, layout="speculators", kind=PEAGLE),
+    Broken("mask-token", without("mask_token_id"), ("vllm",), kind=PEAGLE),
+    Broken("mask-token", no_tensor("mask_hidden"), ALL_NESTED, layout="speculators", kind=PEAGLE),
+    Broken("mask-token", no_tensor("mask_hidden"), ("vllm",), kind=PEAGLE),
+    Broken("mask-token", put("mask_token_id", VOCAB_SIZE), ALL_NESTED, layout="speculators", kind=PEAGLE),
+    Broken("mask-token", put("mask_token_id", -1), ("vllm",), kind=PEAGLE),
+    Broken("mask-token", put("mask_token_id", True), ("vllm",), kind=PEAGLE),
+    Broken("mask-token", both(without("mask_token_id"), put("ptd_token_id", "5")), ("vllm",), kind=PEAGLE),
+    Broken("peagle-type", put("speculators_model_type", "eagle3"), ALL_NESTED, layout="speculators", kind=PEAGLE),
+    Broken("shapes", tensor("mask_hidden", torch.zeros(1, 1, 47)), ALL_FLAT, kind=PEAGLE),
+    Broken("shapes", tensor("mask_hidden", torch.zeros(1, 48)), ALL_NESTED, layout="speculators", kind=PEAGLE),
+    Broken("finite", tensor("mask_hidden", torch.full((1, 1, 48), torch.nan)), ALL_FLAT, kind=PEAGLE),
+    Broken("further-layers", no_tensor("layers.3.hidden_norm.weight"), ("sglang",), kind=KINDS["peagle_four_layers"]),
     Broken("target-vocabulary", lambda m: m.origin.update(target_vocab_size=41), ALL_FLAT),
     Broken("target-width", lambda m: m.origin.update(target_hidden_size=17), ALL_FLAT),
 ]  # fmt: skip

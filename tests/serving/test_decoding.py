@@ -13,7 +13,9 @@ from eagle_offline import HFEagle3TargetModel
 from eagle_offline.serving.cached_target import CachedTarget
 from eagle_offline.serving.chain import ChainDrafter
 from eagle_offline.serving.decoding import Answer, Limits, decode
+from eagle_offline.serving.drafters import drafter_of
 from eagle_offline.serving.drafting import Drafter, NoDrafter
+from eagle_offline.serving.parallel import ParallelDrafter
 from eagle_offline.serving.sampling import Sampling
 from tests.oracles import decoding as oracle
 
@@ -66,10 +68,15 @@ def replayed_rounds(drafter: oracle.Replay, prompts: list[list[int]], answers: l
     ]
 
 
-def eagle(model: torch.nn.Module, num_draft_tokens: int, draft_vocab_size: int = 15, **options: object) -> ChainDrafter:
+def eagle(
+    model: torch.nn.Module, num_draft_tokens: int, draft_vocab_size: int = 15, **options: object
+) -> ChainDrafter | ParallelDrafter:
     draft = oracle.make_draft(model, draft_vocab_size, **options)
     draft.to(next(model.parameters()).dtype)
-    return ChainDrafter(draft, oracle.selected_ids(draft_vocab_size, model.config.vocab_size), num_draft_tokens)
+    return drafter_of(draft, oracle.selected_ids(draft_vocab_size, model.config.vocab_size), num_draft_tokens)
+
+
+PARALLEL = {"mask_token_id": 3}
 
 
 @pytest.mark.parametrize("kind", oracle.KINDS)
@@ -95,11 +102,14 @@ def test_a_skilled_drafter_changes_no_token(kind: str, error_rate: float) -> Non
         assert len({run for answer in answers for run in answer.accepted}) >= 4, "too easy"
 
 
+@pytest.mark.parametrize("options", [{}, PARALLEL], ids=["chain", "parallel"])
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2, window of 8", "Cohere", "Phi3"])
-def test_an_eagle_draft_changes_no_token(kind: str) -> None:
+def test_an_eagle_draft_changes_no_token(kind: str, options: dict[str, object]) -> None:
     prompts = oracle.prompts(LENGTHS)
     model = oracle.target(kind)
-    assert token_ids(answers_of(model, eagle(model, 3), prompts)) == true_answers(kind, prompts)
+    drafter = eagle(model, 3, **options)
+    assert isinstance(drafter, ParallelDrafter if options else ChainDrafter)
+    assert token_ids(answers_of(model, drafter, prompts)) == true_answers(kind, prompts)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2, window of 8", "Gemma3, window of 8", "Mistral, window of 8"])
@@ -111,16 +121,22 @@ def test_single_precision_changes_no_token(kind: str) -> None:
     gap = min(float((top[n - 1 :, 0] - top[n - 1 :, 1]).min()) for top, n in zip(tops, LENGTHS, strict=True))
     assert gap > 1e-4
     model = oracle.target(kind, torch.float32)
-    for drafter in (NoDrafter(oracle.VOCAB_SIZE), replay(kind, prompts, 4, 0.3), eagle(model, 2)):
+    drafts = (eagle(model, 2), eagle(model, 2, **PARALLEL))
+    for drafter in (NoDrafter(oracle.VOCAB_SIZE), replay(kind, prompts, 4, 0.3), *drafts):
         assert token_ids(answers_of(model, drafter, prompts)) == true_answers(kind, prompts)
 
 
 @pytest.mark.parametrize("num_draft_tokens", range(1, 7))
-def test_the_length_of_the_chain_changes_no_token(num_draft_tokens: int) -> None:
+def test_the_number_of_drafts_changes_no_token(num_draft_tokens: int) -> None:
     prompts = oracle.prompts(LENGTHS)
     model = oracle.target("Llama")
     skilled = replay("Llama", prompts, num_draft_tokens, 0.2)
-    for drafter in (skilled, eagle(model, num_draft_tokens, oracle.VOCAB_SIZE)):
+    drafts = [
+        eagle(model, num_draft_tokens, oracle.VOCAB_SIZE, num_layers=num_layers, layer_style=style, **options)
+        for num_layers, style in ((1, "llama"), (3, "qwen3"))
+        for options in ({}, PARALLEL)
+    ]
+    for drafter in (skilled, *drafts):
         answers = answers_of(model, drafter, prompts)
         assert token_ids(answers) == true_answers("Llama", prompts)
         assert all(run <= num_draft_tokens for answer in answers for run in answer.accepted)
@@ -132,6 +148,10 @@ DRAFTS: dict[str, dict[str, object]] = {
     "fc_norm": {"fc_norm": True},
     "norm_output": {"norm_output": True},
     "all of them": {"num_layers": 2, "fc_norm": True, "norm_output": True},
+    "parallel": PARALLEL,
+    "parallel, three layers": {"num_layers": 3, **PARALLEL},
+    "parallel, three qwen3 layers, fc_norm": {"num_layers": 3, "layer_style": "qwen3", "fc_norm": True, **PARALLEL},
+    "parallel, norm_output": {"norm_output": True, **PARALLEL},
 }
 
 
@@ -198,14 +218,15 @@ def test_a_stop_token_in_a_draft_that_is_not_accepted_stops_nothing() -> None:
     assert all(answer.accepted == [0] * (LENGTH - 1) and not answer.stopped for answer in answers)
 
 
+@pytest.mark.parametrize("options", [{}, PARALLEL], ids=["chain", "parallel"])
 @pytest.mark.parametrize("kind", ["Llama", "Gemma3, window of 8"])
-def test_a_batch_gives_each_prompt_what_it_gets_alone(kind: str) -> None:
+def test_a_batch_gives_each_prompt_what_it_gets_alone(kind: str, options: dict[str, object]) -> None:
     """Tokens and rounds: rows that end early, and rows that get ahead of others, leave the others alone."""
     model = oracle.target(kind)
     prompts = oracle.prompts([12, 1, 33, 4, 4, 19])
     true = true_answers(kind, prompts)
     stops = [true[0][2], true[3][7]]
-    options = {"num_layers": 2}
+    options = {"num_layers": 2, **options}
     together = answers_of(model, eagle(model, 3, 24, **options), prompts, LENGTH, stops)
     alone = [answers_of(model, eagle(model, 3, 24, **options), [prompt], LENGTH, stops)[0] for prompt in prompts]
     assert together == alone
@@ -221,10 +242,11 @@ def test_a_prompt_given_twice_gets_the_same_answer_twice() -> None:
     assert answers[0] == answers[2]
 
 
-def test_a_drafter_and_a_target_can_be_used_again() -> None:
+@pytest.mark.parametrize("options", [{}, PARALLEL], ids=["chain", "parallel"])
+def test_a_drafter_and_a_target_can_be_used_again(options: dict[str, object]) -> None:
     model = oracle.target("Llama")
     target = CachedTarget(HFEagle3TargetModel(model, oracle.AUX_LAYER_IDS), capture=True)
-    drafter = eagle(model, 3)
+    drafter = eagle(model, 3, **options)
     for seed, lengths in enumerate([[5, 30], [2], [9, 9, 1]]):
         prompts = oracle.prompts(lengths, seed=seed)
         answers, _ = decode(target, drafter, prompts, Limits(8, ()), GREEDY, torch.Generator())
@@ -253,10 +275,11 @@ def test_aux_layers_other_than_the_first_ones_are_read_where_they_are_asked_for(
             assert torch.allclose(found, expected, rtol=0, atol=1e-9)
 
 
-def test_the_target_runs_once_and_the_draft_once_a_drafted_token_in_every_round() -> None:
+@pytest.mark.parametrize("options", [{}, PARALLEL], ids=["chain", "parallel"])
+def test_in_every_round_the_target_runs_once_and_the_draft_once_a_token_or_once(options: dict[str, object]) -> None:
     model, prompts = oracle.target("Llama"), oracle.prompts(LENGTHS)
     for num_draft_tokens in (1, 3, 5):
-        drafter = eagle(model, num_draft_tokens)
+        drafter = eagle(model, num_draft_tokens, **options)
         recorder = oracle.Recorder(drafter)
         calls = {"target": 0, "draft": 0, "draft head": 0}
 
@@ -266,7 +289,7 @@ def test_the_target_runs_once_and_the_draft_once_a_drafted_token_in_every_round(
 
             return hook
 
-        draft = drafter_model(drafter)
+        draft = drafter.draft.model
         handles = [
             model.model.layers[0].register_forward_hook(count("target")),
             draft.layers[0].self_attn.q_proj.register_forward_hook(count("draft")),
@@ -279,18 +302,9 @@ def test_the_target_runs_once_and_the_draft_once_a_drafted_token_in_every_round(
                 handle.remove()
         rounds = max(len(answer.accepted) for answer in answers)
         assert recorder.rounds == rounds
-        assert calls == {
-            "target": 1 + rounds,
-            "draft": num_draft_tokens * rounds,
-            "draft head": num_draft_tokens * rounds,
-        }
-
-
-def drafter_model(drafter: ChainDrafter) -> torch.nn.Module:
-    """The draft model that a chain drafter holds."""
-    found = [value for value in vars(drafter).values() if isinstance(value, torch.nn.Module)]
-    assert len(found) == 1
-    return found[0]
+        runs = rounds if options else num_draft_tokens * rounds
+        assert calls == {"target": 1 + rounds, "draft": runs, "draft head": runs}
+        assert (drafter.draft.num_rounds, drafter.draft.num_forwards) == (rounds, runs)
 
 
 @pytest.mark.slow
@@ -304,7 +318,7 @@ def test_every_target_with_every_length_and_skill(kind: str) -> None:
             for error_rate in (0.0, 0.1, 0.4):
                 found = answers_of(model, replay(kind, prompts, num_draft_tokens, error_rate, 40), prompts, 40)
                 assert token_ids(found) == true
-            for options in (DRAFTS["one layer"], DRAFTS["all of them"]):
+            for options in (DRAFTS["one layer"], DRAFTS["all of them"], DRAFTS["parallel, three layers"]):
                 for draft_vocab_size in (9, oracle.VOCAB_SIZE):
                     drafter = eagle(model, num_draft_tokens, draft_vocab_size, seed=seed, **options)
                     assert token_ids(answers_of(model, drafter, prompts, 40)) == true

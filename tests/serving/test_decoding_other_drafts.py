@@ -124,7 +124,7 @@ def test_an_export_is_clean_for_the_engines_that_serve_it(form, tmp_path):
 @pytest.mark.parametrize("form", ["narrow", "wide"])
 def test_the_untrained_twin_is_what_training_starts_from(form, tmp_path):
     both, target = served(form, tmp_path), oracle.target("Llama")
-    untrained = both.untrained()
+    untrained = both.untrained().draft
     width = FORMS[form]["hidden_size"]
     embeddings = target.get_input_embeddings().weight.detach()
     torch.testing.assert_close(untrained.embed_tokens.weight, of_width(embeddings.float(), width).double())

@@ -195,7 +195,11 @@ REFUSED = {
     "another model type": (write("model_type", "gemma3"), MismatchError, "model_type 'gemma3'"),
     "norm before residual": (write("norm_before_residual", True), MismatchError, "norm_before_residual"),
     "norm before fc": (write("norm_before_fc", True), MismatchError, "norm_before_fc"),
-    "parallel": (put("mask_hidden", torch.zeros(1, 1, 48)), MismatchError, "P-EAGLE"),
+    "mask of no token": (
+        put("mask_hidden", torch.zeros(1, 1, 48)),
+        DataError,
+        "no mask token id under mask_token_id, p",
+    ),
     "unknown tensor": (put("adapter.weight", torch.zeros(2)), MismatchError, "adapter.weight"),
     "unknown rope": (write("rope_scaling", {"rope_type": "nonsense", "factor": 2.0}), MismatchError, "config"),
     "activation": (write("hidden_act", "nonsense"), MismatchError, "hidden_act"),
@@ -216,6 +220,69 @@ def test_what_does_not_fit_is_named(tmp_path, name):
     made = flat()
     change(made)
     refused(made.write(tmp_path), error, pattern)
+
+
+PARALLEL_REFUSED = {
+    "no mask": (drop("mask_hidden"), DataError, "missing tensors: mask_hidden"),
+    "mask of another shape": (
+        put("mask_hidden", torch.zeros(1, 48)),
+        DataError,
+        r"mask_hidden: expected shape \[1, 1, 48",
+    ),
+    "mask of another width": (put("mask_hidden", torch.zeros(1, 1, 16)), DataError, r"found \[1, 1, 16\]"),
+    "NaN in the mask": (spoil("mask_hidden", float("nan")), DataError, "mask_hidden holds NaN"),
+    "no token": (write("mask_token_id", None), DataError, "a P-EAGLE draft, and no mask token id under mask_token_id"),
+    "outside": (
+        write("mask_token_id", VOCAB_SIZE),
+        DataError,
+        "mask_token_id: expected an id in a vocabulary of 40 tok",
+    ),
+    "negative": (write("mask_token_id", -1), DataError, "mask_token_id: .*found -1"),
+    "truth": (write("mask_token_id", True), DataError, "mask_token_id: .*found True"),
+    "text": (write("mask_token_id", "5"), DataError, "mask_token_id: .*found '5'"),
+    "number": (write("mask_token_id", 5.0), DataError, "mask_token_id: .*found 5.0"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PARALLEL_REFUSED)
+def test_what_does_not_fit_a_p_eagle_draft_is_named(tmp_path, name, layout):
+    change, error, pattern = PARALLEL_REFUSED[name]
+    made = LAYOUTS[layout](KINDS["peagle"])
+    change(made)
+    refused(made.write(tmp_path), error, pattern)
+
+
+@pytest.mark.parametrize("name", ["pard_token", "ptd_token_id"])
+def test_a_foreign_p_eagle_draft_names_its_mask_token_otherwise(tmp_path, name):
+    made = flat(KINDS["peagle"])
+    made.config[name] = made.config.pop("mask_token_id")
+    config = read_draft(made.write(tmp_path)).model.config
+    assert (config.parallel_drafting, config.mask_token_id) == (True, 5)
+    made = speculators(KINDS["peagle"])
+    made.config[name] = made.config.pop("mask_token_id")
+    refused(made.write(tmp_path), DataError, "no mask token id under mask_token_id$")
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_foreign_p_eagle_draft_is_read_with_its_mask(tmp_path, layout, embedded):
+    kind = KINDS["peagle_four_layers"]
+    made, expected = LAYOUTS[layout](kind), make_model(kind)
+    del made.config["parallel_drafting"]  # what the tensor, or the type of a speculators config, says
+    made.tensors.pop("embed_tokens.weight", None)
+    if embedded:
+        made.tensors["embed_tokens.weight"] = expected.embed_tokens.weight.detach()
+    draft = read_draft(made.write(tmp_path))
+    assert (draft.has_embeddings, draft.model.config.mask_token_id) == (embedded, 0)
+    assert draft.model.config.parallel_drafting
+    assert_same_weights(draft.model, expected, without=() if embedded else ("embed_tokens.weight",))
+
+
+def test_a_speculators_config_of_another_type_than_its_tensors_is_refused(tmp_path):
+    made = speculators(KINDS["peagle"])
+    made.config["speculators_model_type"] = "eagle3"
+    refused(made.write(tmp_path), MismatchError, "speculators_model_type 'eagle3' of peagle parts")
 
 
 def test_further_layers_that_engines_read_differently_are_refused(tmp_path):
@@ -265,7 +332,7 @@ def test_changed_configs_never_end_in_a_traceback(tmp_path):
     for layout, make in LAYOUTS.items():
         directory = make().write(tmp_path / layout)
         for _ in range(150):
-            made = make()
+            made = make(rng.choice([KINDS["plain"], KINDS["peagle"]]))
             places = [made.config, made.fields]
             places += [part for part in (made.config.get("eagle_config"), made.fields["rope_parameters"]) if part]
             place = rng.choice(places)

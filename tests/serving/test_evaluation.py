@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from eagle_offline.config import EvaluateSettings
+from eagle_offline.serving.evaluate import names_of
 from eagle_offline.serving.evaluation import Evaluator
 from eagle_offline.serving.results import Evaluation
 from eagle_offline.stages import evaluate
@@ -33,6 +34,22 @@ def run(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("evaluated") / "run"
     train(settings(directory, num_epochs=2))
     return directory
+
+
+@pytest.fixture(scope="module")
+def parallel_run(tmp_path_factory) -> Path:
+    """A P-EAGLE draft of the same target: other layers read, another draft vocabulary."""
+    directory = tmp_path_factory.mktemp("parallel") / "run"
+    changes = {"aux_layer_ids": (1, 3), "draft_vocab_size": 150, "num_draft_layers": 2}
+    train(settings(directory, num_epochs=12, objective="peagle", **changes))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def compared(run, parallel_run, questions, tmp_path_factory) -> tuple[Evaluation, Path]:
+    page = tmp_path_factory.mktemp("compared")
+    given = {"compare": (str(parallel_run),), "compare_untrained": True, "output_dir": page}
+    return evaluate(chosen(run, questions, **given)), page
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +121,100 @@ def test_the_page_and_its_figures_are_on_disk(found):
     assert f"{evaluation.drafters['trained'].accept_length:.2f}" in page
 
 
+def test_drafts_of_both_kinds_are_decoded_beside_one_another(compared, found, run, parallel_run, questions):
+    evaluation, _ = compared
+    assert list(evaluation.drafters) == ["trained", "untrained", "run"]
+    assert evaluation.compared == {"run": str(parallel_run)}
+    assert evaluation.num_identical == evaluation.num_answers
+    chain, parallel = evaluation.drafters["trained"], evaluation.drafters["run"]
+    # Each as it is when it is evaluated by itself.
+    alone = evaluate(chosen(parallel_run, questions)).drafters["trained"]
+    for name in ("num_rounds", "num_tokens", "accept_rate", "walked_accept_length", "simulated_accept_length"):
+        assert getattr(parallel, name) == getattr(alone, name), name
+        assert getattr(chain, name) == getattr(found[0].drafters["trained"], name), name
+    for result in (chain, parallel):
+        assert result.accept_length == pytest.approx(result.walked_accept_length, abs=1e-9)
+    assert parallel.accept_rate[0] > 0, "it learned too little to tell"
+    assert (chain.draft_forwards_per_round, parallel.draft_forwards_per_round) == (3, 1)
+    assert chain.draft_forwards % 3 == 0
+    assert 0 < parallel.draft_forwards < chain.draft_forwards
+
+
+def test_an_untrained_p_eagle_draft_has_its_shape(parallel_run, questions):
+    evaluation = evaluate(chosen(parallel_run, questions, compare_untrained=True))
+    trained, untrained = evaluation.drafters.values()
+    assert untrained.draft_forwards_per_round == 1
+    assert untrained.accept_length == pytest.approx(untrained.walked_accept_length, abs=1e-9)
+    assert trained.accept_length > untrained.accept_length
+
+
+def test_the_page_shows_several_drafts_side_by_side(compared, run, tmp_path):
+    evaluation, directory = compared
+    assert Evaluation.model_validate_json((directory / "evaluation.json").read_bytes()) == evaluation
+    page = (directory / "evaluation.html").read_text()
+    assert (directory / "decoding.png").read_bytes().startswith(b"\x89PNG")
+    for said in (
+        "<th>trained</th><th>untrained</th><th>run</th>",
+        "draft forwards a round",
+        evaluation.compared["run"],
+    ):
+        assert said in page
+    for result in evaluation.drafters.values():
+        assert f"<td>{result.accept_length:.2f}</td>" in page
+    ended = run_cli("report", "--run", run, "--output-dir", tmp_path, "--evaluation", directory)
+    assert ended.code == 0, ended.err
+    lines = [line.split() for line in ended.out.splitlines()]
+    assert ["draft", "forwards", "a", "round", "3.00", "3.00", "1.00"] in lines
+
+
+def test_figures_of_another_version_are_refused_in_one_line(run, found, tmp_path):
+    figures = json.loads((found[1] / "evaluation.json").read_text())
+    del figures["drafters"]["trained"]["draft_forwards_per_round"]
+    (tmp_path / "evaluation.json").write_text(json.dumps(figures))
+    ended = run_cli("report", "--run", run, "--output-dir", tmp_path / "page", "--evaluation", tmp_path)
+    assert ended.code == 4
+    assert "write one with evaluate" in one_error(ended)
+
+
+@pytest.mark.parametrize(
+    ("directories", "names"),
+    [
+        (["runs/peagle"], ["peagle"]),
+        (["a/export/flat", "b/export/flat", "c/flat"], ["a/export/flat", "b/export/flat", "c/flat"]),
+        (["a/one", "b/two/"], ["one", "two"]),
+        (["x/trained", "plain"], ["x/trained", "plain (2)"]),
+        (["a/b", "a/b", "a/b"], ["b", "b (2)", "b (3)"]),
+        (["flat", "x/flat"], ["flat", "x/flat"]),
+        (["org/draft", "other/draft"], ["org/draft", "other/draft"]),
+        (["."], ["."]),
+        ([], []),
+    ],
+)
+def test_names_of_drafts_are_short_and_no_two_alike(directories, names):
+    assert names_of(directories, ("plain", "trained", "untrained")) == names
+
+
+def test_a_compared_draft_of_another_target_is_refused_in_one_line(run, questions, tmp_path):
+    other = tmp_path / "other"
+    train(settings(other, num_epochs=1))
+    origin = best_checkpoint(other) / "origin.json"
+    content = json.loads(origin.read_text())
+    origin.write_text(json.dumps(content | {"target_digest": "0" * 32}))
+    shutil.copytree(best_checkpoint(other), tmp_path / "draft")
+    for path in (tmp_path / "draft").glob("*state*"):
+        path.unlink()
+    ended = command(run, questions, "--compare", tmp_path / "draft")
+    assert ended.code == 3, ended.err
+    assert f"{tmp_path / 'draft'} was made for" in one_error(ended)
+    ended = command(run, questions, "--compare", tmp_path / "nowhere")
+    assert ended.code == 2
+    assert "--compare" in one_error(ended)
+
+
 def test_a_report_shows_real_decoding_when_it_is_given(run, found, tmp_path):
     ended = run_cli("report", "--run", run, "--output-dir", tmp_path, "--evaluation", found[1])
     assert ended.code == 0, ended.err
-    assert "real decoding, chain of 3" in ended.out
+    assert "real decoding, 3 drafts" in ended.out
     assert json.loads((tmp_path / "report.json").read_text())["evaluation"]["num_draft_tokens"] == 3
     assert set(re.findall(r'<img src="([^"]+)"', (tmp_path / "report.html").read_text())) == {
         "decoding.png", "curves.png"
@@ -144,6 +251,21 @@ def test_a_checkpoint_and_both_exports_decode_as_the_run_does(run, questions, fo
     for draft in (best_checkpoint(run), tmp_path / "out" / "flat", tmp_path / "out" / "speculators"):
         again = evaluate(chosen(draft, questions)).drafters["trained"]
         assert again.accept_rate == found[0].drafters["trained"].accept_rate, draft
+
+
+def test_exports_of_a_p_eagle_run_are_clean_and_decode_as_the_run_does(parallel_run, questions, tmp_path):
+    trained = evaluate(chosen(parallel_run, questions)).drafters["trained"]
+    ended = run_cli("export", parallel_run, "--target", shared_target(), "--output-dir", tmp_path, "--dtype", "fp32")
+    assert ended.code == 0, ended.err
+    for layout in ("flat", "speculators"):
+        ended = run_cli("export", "--check", tmp_path / layout, "--engine", "vllm", "--target", shared_target())
+        assert ended.code == 0, ended.out
+        again = evaluate(chosen(tmp_path / layout, questions)).drafters["trained"]
+        assert (again.accept_rate, again.draft_forwards) == (trained.accept_rate, trained.draft_forwards)
+    for engine in ("sglang", "eagle"):
+        ended = run_cli("export", "--check", tmp_path / "flat", "--engine", engine)
+        assert ended.code != 0
+        assert "P-EAGLE is not served" in ended.out
 
 
 def changed_target(directory: Path, **changes: object) -> Path:

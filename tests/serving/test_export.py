@@ -15,6 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from eagle_offline import stages
+from eagle_offline.config import ExportSettings
 from eagle_offline.draft.files import write_draft
 from eagle_offline.draft.origin import read_origin
 from eagle_offline.errors import MismatchError, UsageError
@@ -47,6 +49,11 @@ CLEAN = {
     "qwen3_two_layers_31": {"flat": {"vllm"}, "speculators": {"vllm", "speculators"}},
     "narrow": {"flat": {"vllm", "sglang", "eagle"}},
     "narrow_qwen3": {"flat": {"vllm"}},
+    "peagle": {"flat": {"vllm"}, "speculators": {"vllm", "speculators"}},
+    "peagle_four_layers": {"flat": {"vllm"}, "speculators": {"vllm", "speculators"}},
+    "peagle_qwen3": {"flat": {"vllm"}, "speculators": {"vllm", "speculators"}},
+    "peagle_narrow": {"flat": {"vllm"}},
+    "peagle_normed": {"flat": {"vllm"}},
 }
 CASES = [(kind, layout) for kind, layouts in CLEAN.items() for layout in layouts]
 
@@ -86,7 +93,8 @@ def test_an_export_is_read_back_bit_for_bit(tmp_path, kind, layout):
     for name, tensor in draft.model.state_dict().items():
         if name != "embed_tokens.weight" or back.has_embeddings:
             assert torch.equal(back.model.state_dict()[name], tensor), name
-    names = ("rope_parameters", "rms_norm_eps", "head_dim", "hidden_act", "fc_norm", "norm_output", "layer_style")
+    names = ("rope_parameters", "rms_norm_eps", "head_dim", "hidden_act", "fc_norm", "norm_output", "layer_style",
+             "parallel_drafting", "mask_token_id")  # fmt: skip
     for name in (*names, "target_hidden_size"):
         theirs, ours = getattr(draft.model.config, name), getattr(back.model.config, name)
         if name == "rope_parameters":
@@ -204,6 +212,18 @@ def test_a_draft_of_another_width_is_exported_flat_with_its_embeddings(tmp_path)
         export(draft, tmp_path / "nested", "speculators")
 
 
+@pytest.mark.parametrize("kind", ["peagle_normed", "peagle_narrow"])
+def test_a_p_eagle_draft_that_no_speculators_config_holds_is_exported_flat_alone(tmp_path, kind, capsys):
+    draft = trained(tmp_path, FLAT_KINDS[kind])
+    with pytest.raises(MismatchError, match=r"fits no speculators directory: .*: export it with --to flat$"):
+        export(draft, tmp_path / "out", "speculators")
+    settings = ExportSettings(run=tmp_path / "checkpoint", target="org/target", output_dir=tmp_path / "both")
+    assert list(stages.export(settings)) == ["flat"]
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"flat"}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("export: no speculators directory: its ")
+
+
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):
     draft = trained(tmp_path)
     made = flat()
@@ -236,6 +256,21 @@ def test_the_card_names_source_metrics_and_commands(tmp_path):
         "--speculative-draft-model-path my-draft --speculative-num-steps 4 --speculative-eagle-topk 1 "
         "--speculative-num-draft-tokens 5"
     ) in card
+
+
+@pytest.mark.parametrize("layout", ["flat", "speculators"])
+def test_the_card_of_a_p_eagle_draft_serves_it_in_parallel(tmp_path, layout):
+    export(trained(tmp_path, KINDS["peagle"]), tmp_path / "my-draft", layout, num_draft_tokens=4)
+    card = (tmp_path / "my-draft" / "README.md").read_text()
+    assert "A P-EAGLE draft model for" in card
+    assert "p-eagle" in yaml.safe_load(card.split("---")[1])["tags"]
+    speculative = json.loads(card.split("--speculative-config '")[1].split("'")[0])
+    assert speculative == {
+        "method": "eagle3", "model": "my-draft", "num_speculative_tokens": 4, "parallel_drafting": True,
+    }  # fmt: skip
+    assert "sglang.launch_server" not in card
+    for said in ("| token that stands for one not known | 5 |", "| objective | peagle, 4 depths |"):
+        assert said in card
 
 
 def test_the_card_gives_no_command_for_an_engine_that_would_not_serve_it(tmp_path):

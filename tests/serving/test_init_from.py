@@ -17,7 +17,16 @@ from tests.serving.directories import FLAT_KINDS, SELECTED, VOCAB_SIZE, Kind, fl
 
 CASES = [
     (kind, layout)
-    for kind in ("plain", "qwen3_two_layers_31", "trained_embeddings", "full_vocabulary", "narrow", "narrow_qwen3")
+    for kind in (
+        "plain",
+        "qwen3_two_layers_31",
+        "trained_embeddings",
+        "full_vocabulary",
+        "narrow",
+        "narrow_qwen3",
+        "peagle_four_layers",
+        "peagle_qwen3",
+    )
     for layout in ("native", "flat", "speculators")
     if not (kind.startswith("narrow") and layout == "speculators")
 ]

@@ -55,7 +55,16 @@ def test_layout_is_the_directory_written_by_hand(layout, kind):
         assert torch.equal(tensors[name], tensor), name
 
 
-@pytest.mark.parametrize("kind", ["narrow", "narrow_qwen3"])
+def test_a_p_eagle_draft_with_normed_aux_states_is_the_flat_directory_written_by_hand():
+    config, tensors = laid_out("flat", FLAT_KINDS["peagle_normed"])
+    expected = LAYOUTS["flat"](FLAT_KINDS["peagle_normed"])
+    assert config == expected.config
+    assert tensors["mask_hidden"].shape == (1, 1, 48)
+    assert tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+
+@pytest.mark.parametrize("kind", ["narrow", "narrow_qwen3", "peagle_narrow"])
 def test_a_narrow_draft_is_the_flat_directory_written_by_hand_with_its_embeddings(kind):
     config, tensors = laid_out("flat", FLAT_KINDS[kind], include_embeddings=True)
     expected = LAYOUTS["flat"](FLAT_KINDS[kind])

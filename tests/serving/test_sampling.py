@@ -20,7 +20,9 @@ from eagle_offline.serving import drafting
 from eagle_offline.serving.cached_target import CachedTarget
 from eagle_offline.serving.chain import ChainDrafter
 from eagle_offline.serving.decoding import Limits, decode
+from eagle_offline.serving.drafters import drafter_of
 from eagle_offline.serving.drafting import ChainProposal, Drafter, NoDrafter
+from eagle_offline.serving.parallel import ParallelDrafter
 from eagle_offline.serving.sampling import Sampling, accept_greedily, accept_losslessly, draw
 from tests.oracles import decoding as oracle
 
@@ -43,9 +45,13 @@ def small_target() -> torch.nn.Module:
     return model
 
 
-def small_drafter(num_draft_tokens: int) -> ChainDrafter:
-    draft = oracle.make_draft(small_target(), DRAFT_VOCAB_SIZE, scale=1.2)
-    return ChainDrafter(draft, oracle.selected_ids(DRAFT_VOCAB_SIZE, VOCAB_SIZE), num_draft_tokens)
+# How a draft is made that drafts one token after the other, or all at once.
+WAYS: dict[str, dict[str, int]] = {"chain": {}, "parallel": {"mask_token_id": 4, "num_layers": 2}}
+
+
+def small_drafter(num_draft_tokens: int, way: str = "chain") -> ChainDrafter | ParallelDrafter:
+    draft = oracle.make_draft(small_target(), DRAFT_VOCAB_SIZE, scale=1.2, **WAYS[way])
+    return drafter_of(draft, oracle.selected_ids(DRAFT_VOCAB_SIZE, VOCAB_SIZE), num_draft_tokens)
 
 
 @cache
@@ -64,24 +70,24 @@ def p_value(drafter: Drafter, sampling: Sampling, num_draws: int, num_tokens: in
 CASES = [(1, 1.0, 1.0), (2, 0.7, 1.0), (3, 1.0, 1.0), (2, 1.0, 0.8), (3, 0.7, 0.8)]
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("num_draft_tokens", "temperature", "top_p"), CASES)
 def test_what_is_sampled_has_the_targets_joint_distribution(
-    num_draft_tokens: int, temperature: float, top_p: float
+    num_draft_tokens: int, temperature: float, top_p: float, way: str
 ) -> None:
-    assert (
-        p_value(small_drafter(num_draft_tokens), Sampling(temperature, top_p), NUM_DRAWS, max(3, num_draft_tokens + 1))
-        > RIGHT
-    )
+    drafter, sampling = small_drafter(num_draft_tokens, way), Sampling(temperature, top_p)
+    assert p_value(drafter, sampling, NUM_DRAWS, max(3, num_draft_tokens + 1)) > RIGHT
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("num_draft_tokens", [0, 1, 2, 3, 4])
 def test_what_is_sampled_has_the_targets_joint_distribution_over_many_draws(
-    num_draft_tokens: int, temperature: float, top_p: float
+    num_draft_tokens: int, temperature: float, top_p: float, way: str
 ) -> None:
-    drafter = small_drafter(num_draft_tokens) if num_draft_tokens else NoDrafter(VOCAB_SIZE)
+    drafter = small_drafter(num_draft_tokens, way) if num_draft_tokens else NoDrafter(VOCAB_SIZE)
     assert p_value(drafter, Sampling(temperature, top_p), 40000, 4, seed=1) > RIGHT
 
 
@@ -146,9 +152,9 @@ def test_a_wrong_rule_shows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Lying:
-    """A chain drafter that says its drafts were drawn otherwise than they were."""
+    """A drafter that says its drafts were drawn otherwise than they were."""
 
-    def __init__(self, drafter: ChainDrafter, lie: Callable[[ChainProposal], ChainProposal]):
+    def __init__(self, drafter: Drafter, lie: Callable[[ChainProposal], ChainProposal]):
         self.drafter, self.lie = drafter, lie
         self.name, self.num_draft_tokens = drafter.name, drafter.num_draft_tokens
         self.start, self.select_rows = drafter.start, drafter.select_rows
@@ -175,9 +181,46 @@ def even(proposal: ChainProposal) -> ChainProposal:
     return ChainProposal(proposal.token_ids, (probs_of(proposal) > 0).float() / DRAFT_VOCAB_SIZE)
 
 
-@pytest.mark.parametrize("lie", [colder, greedy, even])
-def test_drafts_that_were_not_drawn_from_what_they_say_show(lie: Callable[[ChainProposal], ChainProposal]) -> None:
-    assert p_value(Lying(small_drafter(2), lie), Sampling(1.0, 1.0), NUM_DRAWS) < WRONG
+def of_another_depth(proposal: ChainProposal) -> ChainProposal:
+    """What one forward might mix up: the distribution of the first draft for the second, and the other way round."""
+    return ChainProposal(proposal.token_ids, probs_of(proposal).flip(1))
+
+
+LIES = [*((lie, way) for lie in (colder, greedy, even) for way in WAYS), (of_another_depth, "parallel")]
+
+
+@pytest.mark.parametrize(("lie", "way"), LIES)
+def test_drafts_that_were_not_drawn_from_what_they_say_show(
+    lie: Callable[[ChainProposal], ChainProposal], way: str
+) -> None:
+    assert p_value(Lying(small_drafter(2, way), lie), Sampling(1.0, 1.0), NUM_DRAWS) < WRONG
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 3])
+def test_a_parallel_draft_is_drawn_from_its_own_slot_s_distribution(num_draft_tokens: int) -> None:
+    """Of each row: what the definition gives at every depth, from what is settled alone."""
+    drafter, sampling = small_drafter(num_draft_tokens, "parallel"), Sampling(0.8, 0.9)
+    target = CachedTarget(HFEagle3TargetModel(small_target(), oracle.AUX_LAYER_IDS), capture=True)
+    recorded: list[ChainProposal] = []
+
+    def kept(proposal: ChainProposal) -> ChainProposal:
+        recorded.append(proposal)
+        return proposal
+
+    prompts = [PROMPT, [7], [2, 0, 9]]
+    decode(target, Lying(drafter, kept), prompts, Limits(2, ()), sampling, generator(5))
+    # One round, drafted after each prompt and the token drawn after it.
+    answers, _ = decode(target, Lying(drafter, kept), prompts, Limits(2, ()), sampling, generator(5))
+    ids = oracle.selected_ids(DRAFT_VOCAB_SIZE, VOCAB_SIZE)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        tokens = [*prompt, answer.token_ids[0]]
+        aux = oracle.states_of(small_target(), tokens)
+        found = oracle.drafted(drafter.draft.model, ids, aux, tokens, num_draft_tokens)
+        for depth, logits in enumerate(found.logits):
+            expected = torch.zeros(VOCAB_SIZE)
+            expected[ids] = torch.tensor(oracle.warped(logits, 0.8, 0.9))
+            assert torch.allclose(probs_of(recorded[0])[row, depth], expected, rtol=0, atol=1e-6)
+    assert torch.equal(probs_of(recorded[0]), probs_of(recorded[1]))
 
 
 def test_greedy_drafts_that_say_so_keep_the_distribution() -> None:

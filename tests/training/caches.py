@@ -59,6 +59,8 @@ def settings(output_dir: Path, **changes: Any) -> TrainSettings:
         "log_every": 1,
         "device": "cpu",
     }
+    if changes.get("objective") == "peagle":
+        values["num_depths"] = values.pop("ttt_steps")
     return TrainSettings(**{**values, **changes})
 
 

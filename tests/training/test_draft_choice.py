@@ -14,13 +14,13 @@ from transformers import AutoTokenizer
 from eagle_offline.cache import given_vocab
 from eagle_offline.cache.reader import open_cache
 from eagle_offline.errors import DataError, EagleOfflineError, MismatchError, UsageError
-from eagle_offline.training import draft_choice
+from eagle_offline.training import draft_choice, target_tokens
 from eagle_offline.training.draft_choice import (
     choose_aux_layers,
     choose_vocabulary,
-    special_token_ids,
-    supervised_counts,
 )
+from eagle_offline.training.target_tokens import special_token_ids
+from eagle_offline.training.token_counts import supervised_counts
 from eagle_offline.vocab import read_token_ids
 from tests.builders import SCRATCH, make_cache, save_target, shared_chat
 from tests.training.caches import DRAFT_VOCAB_SIZE, copied_cache, shared_cache
@@ -283,4 +283,4 @@ def test_a_tokenizer_file_that_is_no_json_is_named(tmp_path):
 
 def test_every_refusal_is_an_error_that_users_see():
     assert {DataError, MismatchError, UsageError} <= set(EagleOfflineError.__subclasses__())
-    assert "from_pretrained" not in Path(draft_choice.__file__).read_text()
+    assert not [m for m in (draft_choice, target_tokens) if "from_pretrained" in Path(m.__file__).read_text()]

@@ -58,7 +58,7 @@ def test_embeddings_move_when_asked_for(tmp_path):
 
 def validated(trainer: Trainer) -> dict[str, Any]:
     """A validation as `metrics.jsonl` has it."""
-    return trainer.validate().row("heldout", trainer.ttt_loss, 0, 0.0).model_dump(exclude_none=True)
+    return trainer.validate().row("heldout", trainer.loss, 0, 0.0).model_dump(exclude_none=True)
 
 
 def test_there_is_a_validation_before_the_first_step_and_after_the_last(learned):

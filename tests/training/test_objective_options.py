@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from eagle_offline.cache.reader import Sample, TargetSupervision
+from eagle_offline.objectives.ttt_loss import TTTLoss
 from eagle_offline.train_settings import TrainSettings
 from eagle_offline.training.corpus import open_corpus
 from eagle_offline.training.logbook import read_metrics
+from eagle_offline.training.objective import UnrollObjective
 from eagle_offline.training.packs import make_pack
 from eagle_offline.training.tally import Tally
 from eagle_offline.training.trainer import Trainer
@@ -78,7 +80,7 @@ def test_a_step_of_several_packs_is_the_oracle_s_over_all_of_them(name, tmp_path
     tally = Tally(K)
     outcome = trainer.step(loaded, tally)
     assert bool(outcome.is_finite)
-    row = tally.row("train", trainer.ttt_loss, 1, 0.1)
+    row = tally.row("train", trainer.loss, 1, 0.1)
     assert loaded.step_counts.tolist() == expected.step_counts
     assert row.loss == pytest.approx(float(expected.loss.detach()), rel=RELATIVE)
     assert row.accuracy == pytest.approx(expected.accuracy, abs=1e-9)
@@ -166,7 +168,7 @@ def test_a_gate_ends_with_its_document_even_where_the_next_begins_with_an_answer
         best = torch.randint(4, (length,), generator=generator)
         supervision = TargetSupervision(everywhere, torch.randn(length, 8), None, best, torch.zeros(length))
         samples.append(Sample(sample_id, everywhere, wrote, torch.randn(length, 24), supervision))
-    plan = make_pack(samples, selected, K, torch.device("cpu"), gate).plan
+    plan = make_pack(samples, selected, UnrollObjective(TTTLoss(K)), torch.device("cpu"), gate).plan
     expected = [0] * K
     for sample in samples:
         counts = counts_by_gate(sample.loss_mask.tolist(), gate)
@@ -182,14 +184,14 @@ def test_validation_asks_the_reference_s_gate_whatever_the_run_trains_with(gate,
     for chosen in (gate, "input"):
         trainer = trainer_of(chosen_for(tmp_path, supervision_gate=chosen))
         moved_off(trainer)
-        rows.append(trainer.validate().row("heldout", trainer.ttt_loss, 0, 0.0))
+        rows.append(trainer.validate().row("heldout", trainer.loss, 0, 0.0))
     assert rows[0] == rows[1]
 
 
 def test_validation_is_the_oracle_s(tmp_path):
     trainer = trainer_of(chosen_for(tmp_path, supervision_gate="both", heldout_share=0.1))
     moved_off(trainer)
-    row = trainer.validate().row("heldout", trainer.ttt_loss, 0, 0.0)
+    row = trainer.validate().row("heldout", trainer.loss, 0, 0.0)
     expected, _, batch = oracle_of(trainer, trainer.corpus.heldout_samples, "input")
     assert row.loss == pytest.approx(float(expected.loss.detach()), rel=RELATIVE)
     assert row.expected_accept_length == pytest.approx(expected_length(expected, batch), rel=RELATIVE)
@@ -209,7 +211,7 @@ def test_one_pack_or_many_an_optimizer_step_is_the_same_step(kind, tmp_path):
         tally = Tally(K)
         outcome = other.step(other.stream.load((position, [torch.tensor(part).numpy() for part in cut])), tally)
         grads = {name: p.grad.clone() for name, p in other.model.named_parameters() if p.grad is not None}
-        found.append((tally.row("train", other.ttt_loss, 1, 0.0), outcome, grads))
+        found.append((tally.row("train", other.loss, 1, 0.0), outcome, grads))
     (row, outcome, grads), (other_row, other_outcome, other_grads) = found
     assert row.loss == pytest.approx(other_row.loss, rel=1e-5)
     assert float(outcome.grad_norm) == pytest.approx(float(other_outcome.grad_norm), rel=1e-4)

@@ -13,11 +13,13 @@ from eagle_offline.cache.reader import Cache
 from eagle_offline.data.feed import mapped
 from eagle_offline.data.stored_pack import PackReader
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
-from eagle_offline.objectives.ttt_loss import StepWeights
-from eagle_offline.training.packs import TrainingPack, make_pack, plan_pack, run_pack
+from eagle_offline.objectives.ttt_loss import StepWeights, TTTLoss
+from eagle_offline.training.objective import UnrollObjective
+from eagle_offline.training.packs import TrainingPack, make_pack, pack_parts, plan_pack
 from tests.builders import SCRATCH, make_cache, shared_chat
 
 CPU, TTT_STEPS, DRAFT_VOCAB_SIZE = torch.device("cpu"), 3, 200
+UNROLL = UnrollObjective(TTTLoss(TTT_STEPS))
 KINDS = [
     ("factored", "bf16", "planes"),
     ("dense", "bf16", "planes"),
@@ -69,7 +71,8 @@ def outcome(cache: Cache, pack: TrainingPack, num_layers: int = 3) -> list[torch
     model = draft_for(cache, num_layers)
     factored = cache.manifest.identity.capture.target_encoding == "factored"
     head = cache.head.select(cache.selected_token_ids) if factored else None
-    loss, sums = run_pack(model, pack, head, StepWeights(torch.ones(TTT_STEPS)))
+    (part,) = pack_parts(model, pack, UNROLL, head, StepWeights(torch.ones(TTT_STEPS)))
+    loss, sums = part()
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert len(gradients) > 5
@@ -82,8 +85,8 @@ def outcome(cache: Cache, pack: TrainingPack, num_layers: int = 3) -> list[torch
 def test_a_step_on_stored_bytes_is_the_step_on_decoded_samples(cache, merged, gate):
     mask, order = cache.selected_token_mask, chosen(cache)
     stored = PackReader(merged=merged).read([(cache, index) for index in order])
-    ours = plan_pack(stored, mask, TTT_STEPS, CPU, gate)
-    theirs = make_pack([cache[index] for index in order], mask, TTT_STEPS, CPU, gate)
+    ours = plan_pack(stored, mask, UNROLL, CPU, gate)
+    theirs = make_pack([cache[index] for index in order], mask, UNROLL, CPU, gate)
     assert (ours.sample_ids, ours.num_tokens) == (theirs.sample_ids, theirs.num_tokens)
     for name in ("input_ids", "position_ids", "loss_mask", "seq_lens"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
@@ -96,7 +99,7 @@ def test_a_draft_on_some_layers_reads_those_columns(merged):
     cache = open_cache(cache_path(*KINDS[0]))
     mask, order, layers = cache.selected_token_mask, chosen(cache), [0, 2]
     reader = PackReader(layers, merged=merged)
-    ours = plan_pack(reader.read([(cache, index) for index in order]), mask, TTT_STEPS, CPU)
+    ours = plan_pack(reader.read([(cache, index) for index in order]), mask, UNROLL, CPU)
     samples = [cache[index] for index in order]
     width = cache.manifest.identity.target.hidden_size
     cut = [
@@ -105,7 +108,7 @@ def test_a_draft_on_some_layers_reads_those_columns(merged):
         )
         for sample in samples
     ]
-    theirs = make_pack(cut, mask, TTT_STEPS, CPU)
+    theirs = make_pack(cut, mask, UNROLL, CPU)
     for found, expected in zip(outcome(cache, ours, 2), outcome(cache, theirs, 2), strict=True):
         assert torch.equal(found, expected)
 
@@ -113,7 +116,7 @@ def test_a_draft_on_some_layers_reads_those_columns(merged):
 def test_moving_a_pack_moves_every_tensor():
     cache = open_cache(cache_path(*KINDS[0]))
     stored = PackReader(merged=False).read([(cache, index) for index in range(3)])
-    pack = plan_pack(stored, cache.selected_token_mask, TTT_STEPS, CPU)
+    pack = plan_pack(stored, cache.selected_token_mask, UNROLL, CPU)
     for moved in (pack.to("meta"), mapped(pack, lambda tensor: tensor.to("meta"))):
         devices: set[str] = set()
         mapped(moved, lambda tensor: devices.add(tensor.device.type) or tensor)  # noqa: B023

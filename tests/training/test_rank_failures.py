@@ -95,7 +95,7 @@ def test_killed_between_its_forward_and_its_backward_pass(call, uninterrupted, t
     from eagle_offline.training import trainer as module
 
     run = tmp_path / "run"
-    prepare = on_rank(1, kill_at_call(module, "run_pack", call))
+    prepare = on_rank(1, kill_at_call(module, "pack_parts", call))
     ended = run_children(command(chosen_for(run)), tmp_path, 2, prepare=prepare, timeout=BOUND)
     assert ended[0].code == 1, ended[0].err
     said_in_one_line(ended[0])

@@ -61,6 +61,14 @@ def assert_alike(run: Path, expected: Path) -> None:
         assert one.get("walked_accept_length") == two.get("walked_accept_length")
 
 
+def test_several_processes_train_a_parallel_draft_in_parts(tmp_path):
+    changes = {"objective": "peagle", "num_draft_layers": 2, "sequence_partitions": 3}
+    train(chosen_for(tmp_path / "alone", **changes))
+    ended = torchrun(2, chosen_for(tmp_path / "run", **changes))
+    assert ended.returncode == 0, ended.stderr
+    assert_alike(tmp_path / "run", tmp_path / "alone")
+
+
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_train_what_one_would(size, alone, tmp_path):
     ended = torchrun(size, chosen_for(tmp_path / "run"))

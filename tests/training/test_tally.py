@@ -27,6 +27,7 @@ def draw(seed: int) -> UnrollSums:
     return UnrollSums(
         losses=torch.tensor([sum(step) * rng.random() for step in supervised], requires_grad=True),
         counts=torch.tensor([sum(step) for step in supervised]),
+        hits=torch.tensor([sum(step) for step in hits]),
         overlaps=torch.tensor([sum(step) for step in overlaps], requires_grad=True),
         log_overlaps=torch.tensor([-rng.random() for _ in range(K)], requires_grad=True),
         step_hits=torch.tensor(hits)[:, None],
@@ -53,11 +54,14 @@ def test_a_row_is_what_counting_slot_by_slot_says():
     prefix_hits, prefix_valid = oracle.prefix_counts(hits, valid)
     assert row["top1"] == pytest.approx([sum(hits[k]) / counts[k] for k in range(K)])
     assert row["accuracy"] == pytest.approx(sum(map(sum, hits)) / sum(counts))
+    survival = [h / v if v else 0 for h, v in zip(prefix_hits, prefix_valid, strict=True)]
+    assert row["survival"] == pytest.approx(survival)
     before = [prefix_valid[0], *prefix_hits[:-1]]
     assert row["conditional_top1"] == pytest.approx([h / b for h, b in zip(prefix_hits, before, strict=True)])
     assert row["simulated_accept_length"] == pytest.approx(oracle.simulated_accept_length(prefix_hits, prefix_valid))
     assert row["expected_accept_length"] == pytest.approx(oracle.expected_accept_length(overlaps, valid))
     means = [sum(float(d.losses[k]) for d in drawn) / counts[k] for k in range(K)]
+    assert row["step_loss"] == pytest.approx(means)
     weights = [0.8**k for k in range(K)]
     assert row["loss"] == pytest.approx(sum(w * m for w, m in zip(weights, means, strict=True)) / sum(weights))
     assert (row["step"], row["epoch"], row["kind"], row["grad_norm"]) == (7, 0.5, "train", 2.0)
@@ -117,7 +121,7 @@ def test_counts_above_float32_are_exact():
     big = 2**25 + 1
     hits = torch.ones(1, 1, 1, dtype=torch.bool)
     one = torch.ones(1)
-    sums = UnrollSums(one, torch.tensor([big]), one, one, hits, torch.ones(1, 1, 1), hits)
+    sums = UnrollSums(one, torch.tensor([big]), one, one, one, hits, torch.ones(1, 1, 1), hits)
     tally.add(sums)
     assert int(tally.totals.counts[0]) == big
 
