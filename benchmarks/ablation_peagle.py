@@ -24,16 +24,17 @@ QUESTION = __doc__
 WORK = ROOT / "work" / "ablation_peagle"
 
 MAX_STEPS = 360
-LEARNING_RATE = 0.002
+LEARNING_RATE = 0.004
+TOKENS_PER_BATCH = 1024
 
 # What is trained when nothing else is said: a depth for each token of the chain.
 TRAINING: dict[str, Any] = {name: value for name, value in accept_lengths.TRAINING.items() if name != "ttt_steps"} | {
     "objective": "peagle",
     "num_depths": CHAIN,
     "num_draft_layers": 4,
-    "num_epochs": 6,
     "max_steps": MAX_STEPS,
     "learning_rate": LEARNING_RATE,
+    "tokens_per_batch": TOKENS_PER_BATCH,
 }
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -45,8 +46,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "down_sample_ratio 0.5, at least 0.1": {"down_sample_ratio": 0.5, "down_sample_ratio_min": 0.1},
     "1 draft layer": {"num_draft_layers": 1},
     "2 draft layers": {"num_draft_layers": 2},
-    "embeddings trained": {"train_embeddings": True},
-    "fc_norm": {"fc_norm": True},
 }
 
 
