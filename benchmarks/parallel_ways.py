@@ -4,8 +4,8 @@
 - plain: rows padded to the sequence length, one by one, a flat sequence of all elements of a row under a dense mask,
   logits, probabilities and divergence of every element, one pass back through all rows, as the NeMo AutoModel trainer
   does; or a pass back after each row, which is less to hold;
-- the reference, `PEagleTrainerModule`: a pass back after each row, logits of supervised elements alone, flex attention
-  on CUDA.
+- the reference, `PEagleTrainerModule`: row by row too, each without its padding, logits of supervised elements alone, a
+  pass back after each row; flex attention on CUDA.
 
 In segments, ours cuts the chains of all samples together and runs depth 0 once; the others cut each row, and each of
 its segments runs every depth-0 element on its left once more.

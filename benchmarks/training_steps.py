@@ -41,6 +41,9 @@ SHAPE_8B = (
     ("num_attention_heads", 32),
     ("num_key_value_heads", 8),
 )
+# Linux, malloc.h: allocations of so many bytes are mapped by themselves.
+_M_MMAP_THRESHOLD = -3
+_MAPPED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class StepSetting:
     draft_vocab_size: int
     num_samples: int
     seq_length: int
-    chunk: int = 1024
+    chunk: int = 256
     sample_length: int | None = None
     factored: bool = False
 
@@ -193,12 +196,15 @@ def peak_bytes(work: StepWork, way: Any) -> int:
 
 
 def _peak_resident_bytes(make_work: Callable[[str, Any], StepWork], setting: Any, way: Any) -> int:
+    libc = ctypes.CDLL(None)
+    # Linux: what is freed goes back at once, so that holes in the heap are not taken for what a step holds.
+    libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
     # Libraries set themselves up over one sample.
     make_work("cpu", replace(setting, num_samples=1)).run(way)
     work = make_work("cpu", setting)
     work.parts(way)
-    # Linux: give freed memory back, forget the largest resident size so far, and see what one more step makes of it.
-    ctypes.CDLL(None).malloc_trim(0)
+    # Forget the largest resident size so far, and see what a step makes of it.
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     work.run(way)

@@ -142,8 +142,12 @@ class ObjectiveSettings(Settings):
     depth_mean: Literal["elements", "depths"] = setting(
         "elements", "P-EAGLE: one mean over all positions of all depths, or the mean of a mean for each depth."
     )
-    sequence_partitions: int = setting(
-        1, "P-EAGLE: predictions of a pack are made in so many parts, one after the other: less memory.", gt=0, le=1024
+    sequence_partitions: int | None = setting(
+        None,
+        "P-EAGLE: a pack's deeper predictions are made in so many parts, one after the other: less memory in about the "
+        "same time; default as many as keep a part no larger than the pack.",
+        gt=0,
+        le=1024,
     )
     mask_token_id: int | None = setting(
         None,

@@ -148,13 +148,14 @@ class ParallelObjective:
         loss: of their sums.
         sampling: how many are drawn.
         seed: of the draws.
-        num_segments: parts that the chains of a pack are run in.
+        num_segments: parts that the chains of a pack are run in; None for as many as keep the elements of one no more
+            than the pack's slots.
     """
 
     loss: ParallelLoss
     sampling: CodSampling
     seed: int
-    num_segments: int
+    num_segments: int | None
 
     def plan(self, slots: PackSlots, longest_chunk: int, *, ragged: bool) -> ParallelPlan:
         supervised = slots.gate.copy()
@@ -166,6 +167,7 @@ class ParallelObjective:
         else:
             generators = [self._generator(slots.epoch, sample_id) for sample_id in slots.sample_ids]
             elements = sample_elements(slots.lengths, supervised, self.sampling, generators)
+        num_segments = self.num_segments or max(1, -(-len(elements.anchors) // len(supervised)))
         return plan_parallel(
             slots.lengths,
             supervised,
@@ -174,7 +176,7 @@ class ParallelObjective:
             elements,
             num_depths,
             longest_chunk,
-            self.num_segments,
+            num_segments,
             ragged=ragged,
         )
 

@@ -22,7 +22,9 @@ from eagle_offline.supervision import Head, chosen_inside
 from eagle_offline.training.objective import Objective, PackSlots, PackStates
 
 # Logits that live at once, in values: three such tensors stand in memory while a chunk of the loss is computed.
-_CHUNK_VALUES = {"cpu": 1 << 22, "cuda": 1 << 26}
+_CHUNK_VALUES = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Fewer rows than these are multiplied no faster, whatever the vocabulary.
+_LEAST_CHUNK_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def plan_pack(
             target_rows=shift_left_with_zero(rows)[0].numpy(),
             epoch=epoch,
         ),
-        max(1, _CHUNK_VALUES.get(device.type, _CHUNK_VALUES["cpu"]) // draft_vocab_size),
+        max(_LEAST_CHUNK_ROWS, _CHUNK_VALUES.get(device.type, _CHUNK_VALUES["cpu"]) // draft_vocab_size),
         ragged=device.type != "cpu",
     )
     return TrainingPack(
