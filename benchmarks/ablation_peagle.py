@@ -23,7 +23,7 @@ QUESTION = __doc__
 
 WORK = ROOT / "work" / "ablation_peagle"
 
-MAX_STEPS = 360
+MAX_STEPS = 300
 LEARNING_RATE = 0.004
 TOKENS_PER_BATCH = 1024
 
@@ -43,8 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "depth_weights rising to 2": {"depth_weights": tuple(1 + depth / (CHAIN - 1) for depth in range(CHAIN))},
     "depth_weights 0.8^d": {"depth_weights": tuple(0.8**depth for depth in range(CHAIN))},
     "down_sample_ratio 1.0": {"down_sample_ratio": 1.0},
-    "down_sample_ratio 0.5, at least 0.1": {"down_sample_ratio": 0.5, "down_sample_ratio_min": 0.1},
-    "1 draft layer": {"num_draft_layers": 1},
     "2 draft layers": {"num_draft_layers": 2},
 }
 
