@@ -122,7 +122,7 @@ def test_a_missing_pipeline_is_named(tmp_path):
 
 
 def test_dry_run_lists_resolved_settings_and_does_nothing(tmp_path):
-    ended = run_cli("run", PIPELINES[0], "--work", tmp_path / "work", "--dry-run")
+    ended = run_cli("run", ROOT / "pipelines" / "llama-3.1-8b.yaml", "--work", tmp_path / "work", "--dry-run")
     assert ended.code == 0
     shown = json.loads(ended.out)
     assert shown["train"]["cache"] == [str(tmp_path / "work" / "cache")]

@@ -287,6 +287,7 @@ def sums_of(overlaps: list[list[float]], valid: list[list[bool]]) -> UnrollSums:
     return UnrollSums(
         losses=nothing,
         counts=nothing.long(),
+        hits=nothing.long(),
         overlaps=nothing,
         log_overlaps=nothing,
         step_hits=torch.zeros(len(valid), 1, len(valid[0]), dtype=torch.bool),

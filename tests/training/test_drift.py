@@ -23,7 +23,7 @@ FREE = {
     "cache", "output_dir", "device", "eval_every", "early_stopping", "checkpoint_every", "checkpoint_minutes",
     "checkpoint_epochs", "keep_checkpoints", "log_every", "report_to", "profile", "verify", "num_workers", "recompute",
     "deterministic", "on_nonfinite", "resume", "accept_drift", "heldout_cache", "draft_vocab",
-    "local_cache", "local_cache_size",
+    "local_cache", "local_cache_size", "sequence_partitions",
 }  # fmt: skip
 
 # What shapes a run, another value each; harmless: the order of samples, the caches and the draft stay what they are.
@@ -64,9 +64,17 @@ OTHER_RUN: dict[str, Any] = {
     "norm_output": True,
     "train_embeddings": True,
     "head_start": "random",
+    "objective": "peagle",
 }
-# One value there is; nothing to drift to.
-FIXED = {"objective"}
+# Of a run of P-EAGLE, whose other settings these are.
+PARALLEL: dict[str, Any] = {"objective": "peagle", "num_draft_layers": 1}
+HARMLESS_PARALLEL: dict[str, Any] = {
+    "down_sample_ratio": 0.5,
+    "down_sample_ratio_min": 0.1,
+    "depth_weights": [1.0, 2.0, 1.0],
+    "depth_mean": "depths",
+}
+OTHER_PARALLEL_RUN: dict[str, Any] = {"num_depths": 2, "mask_token_id": 262}
 STEPS = 4
 
 
@@ -96,7 +104,7 @@ def one_error(ended: Ended) -> str:
 
 
 def test_every_setting_is_one_kind_or_the_other():
-    kinds = [FREE, set(HARMLESS), set(OTHER_RUN), FIXED]
+    kinds = [FREE, set(HARMLESS), set(OTHER_RUN), set(HARMLESS_PARALLEL), set(OTHER_PARALLEL_RUN)]
     assert set().union(*kinds) == set(TrainSettings.model_fields)
     assert sum(map(len, kinds)) == len(TrainSettings.model_fields)
 
@@ -137,6 +145,37 @@ def test_harmless_ones_are_gone_on_with_when_asked_to_and_recorded_then(field, r
     assert again(run, **changes).code == 0
     back = again(run, max_steps=changes["max_steps"])
     assert back.code == 3 or field == "max_steps", back.err
+
+
+@pytest.fixture(scope="module")
+def finished_parallel(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "parallel"
+    train(settings(run, max_steps=STEPS, **PARALLEL))
+    return run
+
+
+@pytest.mark.parametrize("field", [*HARMLESS_PARALLEL, *OTHER_PARALLEL_RUN])
+def test_a_run_of_peagle_goes_on_with_what_is_harmless_when_asked_to(field, finished_parallel, tmp_path):
+    run = Path(shutil.copytree(finished_parallel, tmp_path / "run"))
+    before = tree(run)
+    recorded = json.loads((latest(run) / "training_state.json").read_text())["fingerprint"]
+    other = HARMLESS_PARALLEL.get(field, OTHER_PARALLEL_RUN.get(field))
+    assert recorded[field] != other
+    refused = again(run, **PARALLEL, **{field: other})
+    assert refused.code == 3, refused.err
+    assert f"{field}: recorded" in one_error(refused)
+    assert (f"--accept-drift {field}" in refused.err) == (field in HARMLESS_PARALLEL)
+    assert tree(run) == before, "a refusal changes nothing"
+    if field in OTHER_PARALLEL_RUN:
+        return
+    gone_on = again(run, "max_steps", field, **PARALLEL, **{"max_steps": STEPS + 1, field: other})
+    assert gone_on.code == 0, gone_on.err
+    assert json.loads((latest(run) / "training_state.json").read_text())["fingerprint"][field] == other
+
+
+def test_a_run_of_peagle_goes_on_in_other_parts(finished_parallel, tmp_path):
+    run = Path(shutil.copytree(finished_parallel, tmp_path / "run"))
+    assert again(run, "max_steps", **PARALLEL, sequence_partitions=2, max_steps=STEPS + 1).code == 0
 
 
 @pytest.mark.parametrize("field", ["tokens_per_batch", "ttt_steps", "seed", "num_draft_layers", "heldout_share"])
