@@ -556,6 +556,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         draft = replace(draft, aux_layer_ids=layer_ids)
     else:
         architectures = [origin.target_architecture]
+    say_untrained_depths(draft, str(settings.run), settings.num_draft_tokens)
     root = settings.output_dir or settings.run / "export"
     layouts: tuple[Literal["flat", "speculators"], ...] = ("flat", "speculators")
     if settings.to != "both":
@@ -576,6 +577,16 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         )
         for layout in layouts
     }
+
+
+def say_untrained_depths(draft: ServedDraft, name: str, num_draft_tokens: int) -> None:
+    """Write one line to stderr if a P-EAGLE draft is to draft more tokens than it was trained to."""
+    trained = None if draft.origin is None else draft.origin.num_depths
+    if trained is not None and num_draft_tokens > trained:
+        sys.stderr.write(
+            f"warning: {name} was trained to draft {trained} tokens a round; those behind them in --num-draft-tokens "
+            f"{num_draft_tokens} are hardly ever accepted\n"
+        )
 
 
 def _check_adapter(settings: ExportSettings, origin: DraftOrigin | None, target: str) -> None:
@@ -641,6 +652,8 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     with StopRequest(0) as stop:
         draft = load_draft(settings.draft, "--draft")
         compared = [load_draft(name, "--compare") for name in settings.compare]
+        for given, name in zip((draft, *compared), (settings.draft, *settings.compare), strict=True):
+            say_untrained_depths(given, name, settings.num_draft_tokens)
         evaluation = evaluate_draft(settings, draft, compared, stop)
     if settings.output_dir is not None:
         write_evaluation(evaluation, settings.output_dir)

@@ -44,7 +44,9 @@ class RunSettings(Settings):
     global_batch: int = setting(1, "Packs an optimizer step.", gt=0)
     seed: int = setting(0, "Order of samples, weights at the start, held-out choice.", ge=0, lt=1 << 31)
     device: str | None = setting(None, "Torch device; default cuda if there is one, else cpu.")
-    recompute: bool = setting(False, "Recompute each unroll step when going back: less memory, a third more time.")
+    recompute: bool = setting(
+        False, "Recompute each unroll step, or layer of P-EAGLE, when going back: less memory, a third more time."
+    )
     deterministic: bool = setting(False, "On CUDA, kernels with a fixed order only, so that resuming is bit-exact.")
     local_cache: Path | None = setting(
         None, "Where shards of a cache in an object store are kept on this machine; default in the user's cache."
@@ -151,7 +153,8 @@ class ObjectiveSettings(Settings):
     )
     mask_token_id: int | None = setting(
         None,
-        "P-EAGLE: token that stands for those not known yet; default a reserved or unused one of the target's.",
+        "P-EAGLE: token that stands for those not known yet; default the target's mask token, or one that is reserved, "
+        "beyond its tokenizer's, for padding or otherwise not in the data.",
         ge=0,
     )
     supervision_gate: Literal["input", "predicted", "both"] = setting(
@@ -206,8 +209,11 @@ class TrainSettings(ObjectiveSettings, DraftSettings, RunSettings):
                 raise UsageError(
                     f"train --depth-weights has {len(weights)} values for --num-depths {self.num_depths}: give one each"
                 )
-            if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
-                raise UsageError("train --depth-weights: expected finite numbers from 0, at least one above")
+            if not all(0 <= weight < math.inf for weight in weights) or not weights[0]:
+                raise UsageError(
+                    "train --depth-weights: expected finite numbers from 0, the first above it: a round that fails at "
+                    "its first token accepts nothing"
+                )
         return self
 
     @model_validator(mode="after")

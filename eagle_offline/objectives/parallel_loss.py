@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class ParallelLoss:
         mean_by_depth: the second form; depths without elements are left out of it.
 
     Raises:
-        UsageError: as many weights as depths, none below 0 and one above are expected.
+        UsageError: as many finite weights as depths are expected, none below 0 and the first above.
     """
 
     num_depths: int = 8
@@ -36,8 +37,8 @@ class ParallelLoss:
         weights = self.depth_weights
         if self.num_depths < 1 or (weights is not None and len(weights) != self.num_depths):
             raise UsageError(f"expected one weight for each of {self.num_depths} depths, found {weights}")
-        if weights is not None and not (min(weights) >= 0 and max(weights) > 0):
-            raise UsageError(f"expected depth weights from 0, one of them above, found {list(weights)}")
+        if weights is not None and not (all(0 <= weight < math.inf for weight in weights) and weights[0] > 0):
+            raise UsageError(f"expected finite depth weights from 0, the first above it, found {list(weights)}")
 
     @property
     def num_steps(self) -> int:
@@ -68,7 +69,7 @@ class ParallelLoss:
     def _shares(self, counts: Tensor) -> Tensor:
         """Return float64 ``[D]``: the weight of one element of each depth."""
         chosen = self.depth_weights or (1.0,) * self.num_depths
-        weights = torch.tensor(chosen, dtype=torch.float64, device=counts.device)
+        weights = torch.tensor(chosen, dtype=torch.float64, device=counts.device) / max(chosen)
         present = (counts > 0).double()
         shares = weights * present / counts.clamp_min(1) if self.mean_by_depth else weights
         total = (weights * present).sum() if self.mean_by_depth else (weights * counts).sum()

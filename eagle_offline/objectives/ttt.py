@@ -79,6 +79,12 @@ class UnrollSums:
         """Return int64 ``[K]``: slots right at every step up to ``k``."""
         return self.step_hits.long().cumprod(dim=0).sum(dim=(1, 2))
 
+    def prefix_asked(self) -> Tensor:
+        """Return int64 ``[K]``: slots valid at every step up to ``k`` and right at every one before ``k``."""
+        right_before = torch.ones_like(self.step_hits)
+        right_before[1:] = self.step_hits[:-1]
+        return (right_before & self.step_valid).long().cumprod(dim=0).sum(dim=(1, 2))
+
     def chain_overlaps(self) -> Tensor:
         """Return float64 ``[K]``: ``Σ Π_{j ≤ k} α_j`` over slots valid at every step up to ``k``."""
         return self.step_overlaps.double().mul(self.step_valid).cumprod(dim=0).sum(dim=(1, 2))

@@ -142,7 +142,8 @@ class ConfigFile:
         Raises:
             DataError: none is written, or what is written is no token of the vocabulary.
         """
-        name = next((name for name in self.mask_id_fields if self.content.get(name) is not None), None)
+        written = [name for name in self.mask_id_fields if self.content.get(name) is not None]
+        name = written[0] if written else None
         if name is None:
             raise DataError(
                 f"{self.path}: a P-EAGLE draft, and no mask token id under {', '.join(self.mask_id_fields)}"
@@ -152,6 +153,11 @@ class ConfigFile:
             raise DataError(
                 f"{self.path}: {name}: expected an id in a vocabulary of {self.vocab_size} tokens, found {found!r}"
             )
+        for other in written:
+            if type(self.content[other]) is not int or self.content[other] != found:
+                raise DataError(
+                    f"{self.path}: {name} is {found} and {other} is {self.content[other]!r}: readers would disagree"
+                )
         return found
 
     @property

@@ -140,6 +140,9 @@ def flat_layout(
         "eagle_config": {AUX_IDS_FIELD: list(aux_layer_ids), "use_aux_hidden_state": True},
         **_parallel_fields(model.config),
     }
+    if model.config.parallel_drafting:
+        # What vLLM's older runners call the mask token.
+        config["pard_token"] = model.config.mask_token_id
     if model.config.target_hidden_size != model.config.hidden_size:
         config["target_hidden_size"] = model.config.target_hidden_size
     tensors = _tensors(model, selected_token_ids, include_embeddings, DTYPES[dtype][1])

@@ -27,6 +27,9 @@ def _mask_token(subject: Subject) -> Iterator[Finding]:
         yield problem(str(error).removeprefix(f"{subject.config.path}: "))
     if MASK_TENSOR not in subject.files.headers:
         yield problem(f"{MASK_TENSOR} is missing")
+    said = subject.config.content.get("parallel_drafting", True)
+    if said is not True:
+        yield problem(f"parallel_drafting is {said!r} and {MASK_TENSOR} is there: expected true")
 
 
 @checks("peagle-type")

@@ -356,8 +356,9 @@ RULES: Final[tuple[Rule, ...]] = (
     ),
     Rule(
         "mask-token",
-        "A P-EAGLE draft has `mask_hidden` and its mask id under `mask_token_id`, `pard_token` or `ptd_token_id`, "
-        "looked up in this order; a speculators peagle config under `mask_token_id`.",
+        "A P-EAGLE draft has `mask_hidden`, `parallel_drafting` is true where it is written, and its mask id is under "
+        "`mask_token_id`, `pard_token` or `ptd_token_id`, looked up in this order (by older runners from the second "
+        "on), the same under each; in a speculators peagle config under `mask_token_id`.",
         {"vllm": "fails", "speculators": "fails"},
     ),
     Rule(

@@ -24,9 +24,10 @@ class MetricsRow(BaseModel):
         step: optimizer steps done. epoch: passes over the cache done.
         loss: the objective, accuracy: right among all supervised slots; both absent where nothing was supervised.
         top1: right among supervised slots, one entry a step of the unroll, or a depth of P-EAGLE.
-        conditional_top1: right at step ``k`` among slots right at every step before it.
+        conditional_top1: right at step ``k`` among slots valid there and right at every step before it.
         step_loss: mean loss of each step's supervised slots: soft cross-entropy, of P-EAGLE KL.
-        survival: share of the slots valid up to step ``k`` that are right at every step up to it.
+        survival: share of the slots valid up to step ``k`` that are right at every step up to it. Both reach as far as
+            any slot is supervised.
         simulated_accept_length, walked_accept_length: tokens a round, the target's own included, decoding greedily.
         expected_accept_length: the same when tokens are drawn at temperature 1.
         learning_rate, grad_norm, tokens_per_second: of the steps since the last line.

@@ -22,6 +22,7 @@ class StepTotals(NamedTuple):
     overlaps: Tensor
     log_overlaps: Tensor
     hits: Tensor
+    prefix_asked: Tensor
     prefix_hits: Tensor
     prefix_valid: Tensor
     chain_overlaps: Tensor
@@ -67,6 +68,7 @@ class Tally:
             overlaps=sums.overlaps.detach(),
             log_overlaps=sums.log_overlaps.detach(),
             hits=sums.hits,
+            prefix_asked=sums.prefix_asked(),
             prefix_hits=sums.prefix_hits(),
             prefix_valid=sums.prefix_valid(),
             chain_overlaps=sums.chain_overlaps(),
@@ -94,7 +96,8 @@ class Tally:
         """Return the counts as a metrics row, ``measured`` added."""
         totals = self.totals
         counts, measured_any = totals.counts.clamp_min(1), bool(totals.counts.any())
-        before = torch.cat([totals.prefix_valid[:1], totals.prefix_hits[:-1]]).clamp_min(1)
+        # Steps behind the last that anything counts at have no loss and nothing to survive.
+        reached = int(totals.counts.count_nonzero())
         walked = self.walked_tokens / self.walked_rounds if self.walked_rounds else None
         return MetricsRow(
             kind=kind,
@@ -103,9 +106,9 @@ class Tally:
             loss=float(loss.loss(totals)) if measured_any else None,
             accuracy=float(totals.hits.sum() / totals.counts.sum()) if measured_any else None,
             top1=(totals.hits / counts).tolist(),
-            conditional_top1=(totals.prefix_hits / before).tolist(),
-            step_loss=(totals.losses / counts).tolist(),
-            survival=(totals.prefix_hits / totals.prefix_valid.clamp_min(1)).tolist(),
+            conditional_top1=(totals.prefix_hits / totals.prefix_asked.clamp_min(1)).tolist(),
+            step_loss=(totals.losses / counts).tolist()[:reached],
+            survival=(totals.prefix_hits / totals.prefix_valid.clamp_min(1)).tolist()[:reached],
             simulated_accept_length=float(simulated_accept_length(totals.prefix_hits, totals.prefix_valid)),
             expected_accept_length=float(expected_accept_length(totals.chain_overlaps, totals.prefix_valid)),
             walked_accept_length=walked,

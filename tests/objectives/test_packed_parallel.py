@@ -347,7 +347,16 @@ def test_depths_without_elements_are_left_out_of_their_mean():
     assert [float(ParallelLoss(3, None, by).loss(nothing)) for by in (False, True)] == [0, 0]
 
 
-@pytest.mark.parametrize("weights", [(1.0, 2.0), (1.0, -1.0, 0.0), (0.0, 0.0, 0.0)])
+def test_only_what_weights_are_to_each_other_counts():
+    sums: Any = SimpleNamespace(losses=torch.tensor([4.0, 9.0, 7.0]), counts=torch.tensor([2, 3, 1]))
+    for by_depth in (False, True):
+        plain, huge = (ParallelLoss(3, weights, by_depth) for weights in ((1.0, 2.0, 4.0), (4e307, 8e307, 16e307)))
+        assert float(plain.loss(sums)) == pytest.approx(float(huge.loss(sums)), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "weights", [(1.0, 2.0), (1.0, -1.0, 0.0), (0.0, 0.0, 0.0), (0.0, 1.0, 1.0), (1.0, float("inf"), 1.0)]
+)
 def test_weights_that_weigh_nothing_are_refused(weights):
     with pytest.raises(UsageError, match="weight"):
         ParallelLoss(3, weights)

@@ -227,6 +227,8 @@ def flat(kind: Kind = PLAIN) -> Directory:
         "eagle_config": {AUX_IDS: kind.outputs, "use_aux_hidden_state": True},
         **parallel_fields(kind),
     }
+    if kind.mask_token_id is not None:
+        config["pard_token"] = kind.mask_token_id
     if kind.target_hidden_size != HIDDEN_SIZE:
         config["target_hidden_size"] = kind.target_hidden_size
     return Directory(config, tensors | vocabulary(kind))

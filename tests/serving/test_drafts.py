@@ -231,7 +231,11 @@ PARALLEL_REFUSED = {
     ),
     "mask of another width": (put("mask_hidden", torch.zeros(1, 1, 16)), DataError, r"found \[1, 1, 16\]"),
     "NaN in the mask": (spoil("mask_hidden", float("nan")), DataError, "mask_hidden holds NaN"),
-    "no token": (write("mask_token_id", None), DataError, "a P-EAGLE draft, and no mask token id under mask_token_id"),
+    "no token": (
+        lambda made: made.config.update(mask_token_id=None, pard_token=None),
+        DataError,
+        "a P-EAGLE draft, and no mask token id under mask_token_id",
+    ),
     "outside": (
         write("mask_token_id", VOCAB_SIZE),
         DataError,
@@ -259,6 +263,9 @@ def test_a_foreign_p_eagle_draft_names_its_mask_token_otherwise(tmp_path, name):
     made.config[name] = made.config.pop("mask_token_id")
     config = read_draft(made.write(tmp_path)).model.config
     assert (config.parallel_drafting, config.mask_token_id) == (True, 5)
+    made.config[name] = 6
+    made.config["mask_token_id"] = 5
+    refused(made.write(tmp_path), DataError, f"mask_token_id is 5 and {name} is 6: readers would disagree$")
     made = speculators(KINDS["peagle"])
     made.config[name] = made.config.pop("mask_token_id")
     refused(made.write(tmp_path), DataError, "no mask token id under mask_token_id$")

@@ -220,8 +220,11 @@ def test_a_p_eagle_draft_that_no_speculators_config_holds_is_exported_flat_alone
     settings = ExportSettings(run=tmp_path / "checkpoint", target="org/target", output_dir=tmp_path / "both")
     assert list(stages.export(settings)) == ["flat"]
     assert {path.name for path in (tmp_path / "both").iterdir()} == {"flat"}
-    (line,) = capsys.readouterr().err.splitlines()
+    untrained, line = capsys.readouterr().err.splitlines()
+    assert "checkpoint was trained to draft 4 tokens a round; those behind them in --num-draft-tokens 5" in untrained
     assert line.startswith("export: no speculators directory: its ")
+    stages.export(settings.model_copy(update={"num_draft_tokens": 4}))
+    assert "was trained to draft" not in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):

@@ -202,8 +202,8 @@ def test_the_mask_token_is_in_the_config_and_pinned_for_the_run(tmp_path, capsys
         ({"mask_token_id": 5}, "--mask-token-id"),
         ({"sequence_partitions": 2}, "--sequence-partitions"),
         ({"objective": "peagle", "depth_weights": (1.0, 2.0)}, "--depth-weights has 2 values for --num-depths 8"),
-        ({"objective": "peagle", "depth_weights": (0.0,) * 8}, "at least one above"),
-        ({"objective": "peagle", "depth_weights": (-1.0,) * 8}, "numbers from 0"),
+        ({"objective": "peagle", "depth_weights": (0.0, *(1.0,) * 7)}, "the first above it"),
+        ({"objective": "peagle", "depth_weights": (1.0, *(-1.0,) * 7)}, "numbers from 0"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(changes, named, tmp_path):

@@ -56,8 +56,14 @@ def test_a_row_is_what_counting_slot_by_slot_says():
     assert row["accuracy"] == pytest.approx(sum(map(sum, hits)) / sum(counts))
     survival = [h / v if v else 0 for h, v in zip(prefix_hits, prefix_valid, strict=True)]
     assert row["survival"] == pytest.approx(survival)
-    before = [prefix_valid[0], *prefix_hits[:-1]]
-    assert row["conditional_top1"] == pytest.approx([h / b for h, b in zip(prefix_hits, before, strict=True)])
+    asked = [
+        sum(all(valid[j][s] for j in range(k + 1)) and all(hits[j][s] for j in range(k)) for s in range(len(valid[0])))
+        for k in range(K)
+    ]
+    assert asked != [prefix_valid[0], *prefix_hits[:-1]]
+    assert row["conditional_top1"] == pytest.approx(
+        [h / a if a else 0 for h, a in zip(prefix_hits, asked, strict=True)]
+    )
     assert row["simulated_accept_length"] == pytest.approx(oracle.simulated_accept_length(prefix_hits, prefix_valid))
     assert row["expected_accept_length"] == pytest.approx(oracle.expected_accept_length(overlaps, valid))
     means = [sum(float(d.losses[k]) for d in drawn) / counts[k] for k in range(K)]
