@@ -141,6 +141,18 @@ def test_what_is_drawn_of_a_sample_depends_on_seed_epoch_and_sample_alone():
         assert [len(elements) for elements in found] == [len(elements) for elements in drawn]
 
 
+@pytest.mark.parametrize("epoch", [0, None])
+def test_a_document_s_last_slot_predicts_nothing_of_the_next_document(epoch):
+    """Where the next one begins with a token that the assistant wrote, as all do here."""
+    objective = ParallelObjective(ParallelLoss(D), CodSampling(D, 1.0, 1.0), seed=3, num_segments=2)
+    plan = plans_of(objective, [5, 1, 7], (7, 11, 5), epoch)
+    ends = {4, 5, 12}
+    assert not ends & set(plan.first.slots.tolist())
+    for segment in plan.segments:
+        assert not ends & set((segment.anchors + segment.depths).tolist())
+    assert plan.step_counts.tolist()[:2] == [4 + 6, 3 + 5]
+
+
 def test_an_epoch_s_last_step_still_draws_by_that_epoch(tmp_path):
     trainer = trainer_of(chosen_for(tmp_path, num_epochs=2, tokens_per_batch=400))
     steps = list(trainer.remaining_steps())
