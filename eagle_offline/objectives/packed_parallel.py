@@ -112,21 +112,24 @@ class _Boundary:
         for place, tensor in enumerate(made):
             if tensor.requires_grad:
                 leaf = self.tensors[place] = tensor.detach().requires_grad_()
-                leaf.register_post_accumulate_grad_hook(partial(self._take, place))
-
-    def _take(self, place: int, leaf: Tensor) -> None:
-        before, gradient = self._gradients[place], leaf.grad
-        leaf.grad = None
-        if before is not None and gradient is not None:
-            # Many segments add to one key: their shares are added up wide.
-            wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-            gradient = before.to(wide).add_(gradient)
-        self._gradients[place] = gradient
+                # It knows where gradients go and nothing else: a circle would keep a whole pack until Python looks.
+                leaf.register_post_accumulate_grad_hook(partial(_take, self._gradients, place))
 
     def end(self) -> Tensor:
         """Return a scalar, itself 0, whose gradient is what came back."""
         pairs = [pair for pair in zip(self._made, self._gradients, strict=True) if pair[1] is not None]
         return _SentBack.apply([gradient for _, gradient in pairs], *(tensor for tensor, _ in pairs))
+
+
+def _take(gradients: list[Tensor | None], place: int, leaf: Tensor) -> None:
+    """Add a leaf's gradient to what came back before, and free the leaf of it."""
+    before, gradient = gradients[place], leaf.grad
+    leaf.grad = None
+    if before is not None and gradient is not None:
+        # Many segments add to one key: their shares are added up wide.
+        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        gradient = before.to(wide).add_(gradient)
+    gradients[place] = gradient
 
 
 class _SentBack(torch.autograd.Function):

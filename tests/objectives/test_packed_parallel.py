@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -368,6 +369,26 @@ def peak_bytes(model: Eagle3DraftModel, case: Case, plan: ParallelPlan, recomput
         for part in loss_of(model, case, plan, ParallelLoss(DEPTHS), recompute).parts():
             part()[0].backward()
     return memory.peak
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_of_a_pack_outlives_it(recompute):
+    """Not even until Python next looks for circles: a run of thousands of packs would not have room for them."""
+    case, model = Case([30, 20], 1.0), make_draft("three layers")
+    plan = case.plan(3)
+    run(model, case, plan, recompute=recompute)
+    gc.collect()
+    gc.disable()
+    try:
+        with LiveBytes() as memory:
+            model.zero_grad(set_to_none=True)
+            for part in loss_of(model, case, plan, ParallelLoss(DEPTHS), recompute).parts():
+                part()[0].backward()
+            del part
+            kept = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
+            assert memory.live <= 1.5 * kept
+    finally:
+        gc.enable()
 
 
 def test_parts_bound_the_memory_and_logits_are_never_whole():
