@@ -43,7 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "depth_weights rising to 2": {"depth_weights": tuple(1 + depth / (CHAIN - 1) for depth in range(CHAIN))},
     "depth_weights 0.8^d": {"depth_weights": tuple(0.8**depth for depth in range(CHAIN))},
     "down_sample_ratio 1.0": {"down_sample_ratio": 1.0},
-    "2 draft layers": {"num_draft_layers": 2},
 }
 
 

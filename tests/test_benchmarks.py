@@ -240,7 +240,7 @@ class _DoneWork:
     [
         (ablation, "fc_norm", ""),
         (accept_by_encoding, "fp8", ""),
-        (ablation_peagle, "2 draft layers", " 90%, 45%, 30%, 22%, 18% |"),
+        (ablation_peagle, "down_sample_ratio 1.0", " 90%, 45%, 30%, 22%, 18% |"),
     ],
 )
 def test_tables_of_accept_lengths_pair_seeds(benchmark, case, rates, tmp_path, monkeypatch):
