@@ -42,6 +42,7 @@ def cases(device: str) -> dict[str, Callable[[], Figures]]:
     kind = device.split(":")[0]
     shape, setting = ("hidden256", SMALL) if kind == "cpu" else ("8b", LARGE)
     found: dict[str, Callable[[], Figures]] = {}
+    memory: dict[str, Callable[[], Figures]] = {}
     for num_layers in _LAYERS:
         layered = replace(setting, num_layers=num_layers)
         name = f"{shape}-layers{num_layers}"
@@ -51,8 +52,9 @@ def cases(device: str) -> dict[str, Callable[[], Figures]]:
         for thousands in _MEMORY_THOUSANDS[kind][num_layers]:
             num_documents = thousands * 1024 // _MEMORY_DOCUMENT_TOKENS
             documents = _documents(layered, num_documents, _MEMORY_DOCUMENT_TOKENS)
-            found[f"{name}-memory-{thousands}k"] = partial(measure_memory, device, documents)
-    return found
+            memory[f"{name}-memory-{thousands}k"] = partial(measure_memory, device, documents)
+    # The longest last.
+    return found | dict(sorted(memory.items(), key=lambda case: int(case[0].rpartition("-")[2][:-1])))
 
 
 def _documents(setting: Setting, count: int, length: int) -> Setting:
