@@ -65,7 +65,7 @@ def evaluate_draft(
     pairs = {TRAINED: pair(draft, model)}
     if settings.compare_untrained:
         pairs[UNTRAINED] = pairs[TRAINED].untrained()
-    names = names_of(settings.compare, (PLAIN, TRAINED, UNTRAINED))
+    names = names_of((settings.draft, *settings.compare), (PLAIN, TRAINED, UNTRAINED))[1:]
     pairs |= {name: pair(other, model) for name, other in zip(names, compared, strict=True)}
     plan = EvaluationPlan(
         num_draft_tokens=settings.num_draft_tokens,
