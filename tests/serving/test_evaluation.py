@@ -123,10 +123,12 @@ def test_the_page_and_its_figures_are_on_disk(found):
 
 def test_drafts_of_both_kinds_are_decoded_beside_one_another(compared, found, run, parallel_run, questions):
     evaluation, _ = compared
-    assert list(evaluation.drafters) == ["trained", "untrained", "run"]
-    assert evaluation.compared == {"run": str(parallel_run)}
+    # The draft in question lies in a directory called run, too.
+    name = f"{parallel_run.parent.name}/run"
+    assert list(evaluation.drafters) == ["trained", "untrained", name]
+    assert evaluation.compared == {name: str(parallel_run)}
     assert evaluation.num_identical == evaluation.num_answers
-    chain, parallel = evaluation.drafters["trained"], evaluation.drafters["run"]
+    chain, parallel = evaluation.drafters["trained"], evaluation.drafters[name]
     # Each as it is when it is evaluated by itself.
     alone = evaluate(chosen(parallel_run, questions)).drafters["trained"]
     for name in ("num_rounds", "num_tokens", "accept_rate", "walked_accept_length", "simulated_accept_length"):
@@ -152,11 +154,12 @@ def test_the_page_shows_several_drafts_side_by_side(compared, run, tmp_path):
     evaluation, directory = compared
     assert Evaluation.model_validate_json((directory / "evaluation.json").read_bytes()) == evaluation
     page = (directory / "evaluation.html").read_text()
+    ((name, compared_directory),) = evaluation.compared.items()
     assert (directory / "decoding.png").read_bytes().startswith(b"\x89PNG")
     for said in (
-        "<th>trained</th><th>untrained</th><th>run</th>",
+        f"<th>trained</th><th>untrained</th><th>{name}</th>",
         "draft forwards a round",
-        evaluation.compared["run"],
+        compared_directory,
     ):
         assert said in page
     for result in evaluation.drafters.values():
