@@ -10,6 +10,7 @@ middle; or at a time, whatever happens then. Requests and answers are JSON lines
 from __future__ import annotations
 
 import errno
+import faulthandler
 import json
 import os
 import pathlib
@@ -26,12 +27,19 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A run that takes longer ends, and says on stderr what its threads were doing.
+SECONDS_AT_MOST = 240
+
 
 class Accidents:
-    """Counts the events of this process, writes them to a log, and acts at one of them."""
+    """Counts the events of this process, writes them to a log, and acts at one of them.
+
+    To be made before the run has threads: the others that accidents let run are forked here, and wait.
+    """
 
     def __init__(self, request: dict[str, Any]):
         self.request = request
+        self.others = [Waiting(other) for other in others_of(request)]
         self.count = 0
         self.log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -51,9 +59,8 @@ class Accidents:
         elif kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         elif kind == "other":
-            child = start(accident["other"])
-            _, status = os.waitpid(child, 0)
-            os.write(self.log, f"other {os.waitstatus_to_exitcode(status)}\n".encode())
+            code = self.others.pop(0).run()
+            os.write(self.log, f"other {code}\n".encode())
             # Another accident may follow, so many events later.
             if "then" in accident:
                 later = accident["then"]
@@ -95,6 +102,33 @@ class Accidents:
             return result
 
         setattr(owner, name, watched)
+
+
+def others_of(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs that a run's accidents let happen, in order."""
+    others = []
+    accident = request.get("accident")
+    while accident is not None:
+        others += [accident["other"]] if accident["kind"] == "other" else []
+        accident = accident.get("then")
+    return others
+
+
+class Waiting:
+    """A run that is forked now and begins when it is told to; it ends with whoever was to tell it.
+
+    A process with threads must not fork: what its allocators and pools hold at that moment, the child never gets.
+    """
+
+    def __init__(self, request: dict[str, Any]):
+        word = told, self._tell = os.pipe()
+        self._child = start(request, word)
+        os.close(told)
+
+    def run(self) -> int:
+        """Let it run; its exit code."""
+        os.write(self._tell, b"go")
+        return os.waitstatus_to_exitcode(os.waitpid(self._child, 0)[1])
 
 
 def place(path: Any, *_: Any, **__: Any) -> str:
@@ -151,11 +185,21 @@ def make_other_bytes() -> None:
     codec.encode = encode
 
 
-def start(request: dict[str, Any]) -> int:
-    """Fork a child that runs `eagle-offline` with the request's arguments; return its process id."""
+def start(request: dict[str, Any], word: tuple[int, int] | None = None) -> int:
+    """Fork a child that runs `eagle-offline` with the request's arguments; return its process id.
+
+    Args:
+        request: what to run, see `tests.faults.driver.request`.
+        word: the two ends of a pipe; it waits there before it does anything, and ends if nobody is left to tell it.
+    """
     child = os.fork()
     if child:
         return child
+    if word is not None:
+        told, tell = word
+        os.close(tell)
+        if not os.read(told, 2):
+            os._exit(0)
     # Whatever happens in the child, it ends here.
     code = 70
     try:
@@ -169,6 +213,7 @@ def start(request: dict[str, Any]) -> int:
         if "user" in request:
             os.setuid(request["user"])
         watch(Accidents(request))
+        faulthandler.dump_traceback_later(SECONDS_AT_MOST, exit=True)
         if request.get("other_bytes"):
             make_other_bytes()
         from eagle_offline.cli import main
