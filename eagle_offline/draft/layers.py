@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -147,7 +148,15 @@ class FeedForward(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(states)) * self.up_proj(states))
+        gate, up = self.gate_proj(states), self.up_proj(states)
+        if not torch.is_grad_enabled():
+            return self._down(gate, up)
+        # Of four tensors of the intermediate size two are kept; the others take no product to make again, since what
+        # is computed again ends before the last one.
+        return checkpoint(self._down, gate, up, use_reentrant=False, preserve_rng_state=False)
+
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(self.activation(gate) * up)
 
 
 class DraftLayer(nn.Module):

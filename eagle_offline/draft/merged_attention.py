@@ -39,7 +39,7 @@ class _MergedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, calls: Sequence[Call], queries: Tensor, keys: Tensor, values: Tensor, *own: Tensor) -> Tensor:
         with torch.autocast(queries.device.type, enabled=False):
-            output, logsumexp = attend_calls(calls, queries, keys, values)
+            output, logsumexp = _attend(calls, queries, keys, values)
             if own:
                 output, logsumexp = _with_own(output, logsumexp, queries, own[0::2], own[1::2])
         ctx.calls = calls
@@ -50,19 +50,17 @@ class _MergedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         queries, keys, values, output, logsumexp, *own = ctx.saved_tensors
         upstream = gradients[0].contiguous()
-        totals = gradients_of_calls(ctx.calls, upstream, (queries, keys, values), (output, logsumexp))
+        # Many runs may read one key: their shares are added up wide.
+        wide = _wide(queries.dtype)
+        totals = tuple(torch.zeros_like(tensor, dtype=wide) for tensor in (queries, keys, values))
+        for call in ctx.calls:
+            _way(call).add_gradients(call, upstream, (queries, keys, values), (output, logsumexp), totals)
         grad_own = _add_own_gradients(totals[0], upstream, queries, (output, logsumexp), own) if own else []
         return (None, *(total.to(queries.dtype) for total in totals), *grad_own)
 
 
-def attend_calls(calls: Sequence[Call], queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the output ``[R, heads, head_dim]`` and the log-sum-exp ``[R, heads]``, float32 or float64.
-
-    Args:
-        calls: which queries read which keys; every query in one call.
-        queries: ``[R, heads, head_dim]``.
-        keys, values: ``[S, kv_heads, head_dim]``.
-    """
+def _attend(calls: Sequence[Call], queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the output ``[R, heads, head_dim]`` and the log-sum-exp ``[R, heads]`` over the calls' keys, wide."""
     output = torch.empty_like(queries)
     logsumexp = queries.new_empty(queries.shape[:2], dtype=_wide(queries.dtype))
     for call in calls:
@@ -70,32 +68,6 @@ def attend_calls(calls: Sequence[Call], queries: Tensor, keys: Tensor, values: T
         output.index_copy_(0, call.real_rows, found)
         logsumexp.index_copy_(0, call.real_rows, sums.to(logsumexp.dtype))
     return output, logsumexp
-
-
-def gradients_of_calls(
-    calls: Sequence[Call],
-    upstream: Tensor,
-    states: tuple[Tensor, Tensor, Tensor],
-    merged: tuple[Tensor, Tensor],
-    grad_queries: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values, float32 or float64.
-
-    Args:
-        calls: which queries read which keys.
-        upstream: ``[R, heads, head_dim]``, the gradient of the output.
-        states: queries, keys and values.
-        merged: output and log-sum-exp over all keys, these and others.
-        grad_queries: what other keys have given so far; added to, and returned.
-    """
-    # Many runs may read one key: their shares are added up wide.
-    wide = _wide(states[0].dtype)
-    if grad_queries is None:
-        grad_queries = torch.zeros_like(states[0], dtype=wide)
-    grad_keys, grad_values = (torch.zeros_like(tensor, dtype=wide) for tensor in states[1:])
-    for call in calls:
-        _way(call).add_gradients(call, upstream, states, merged, (grad_queries, grad_keys, grad_values))
-    return grad_queries, grad_keys, grad_values
 
 
 def _way(call: Call) -> ModuleType:

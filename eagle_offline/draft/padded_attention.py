@@ -1,4 +1,4 @@
-"""Causal attention over step 0's keys in padded calls, by PyTorch's flash kernel for CPUs."""
+"""Attention over step 0's keys, and chains' own, in padded calls, by PyTorch's flash kernel for CPUs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class PaddedCall(Protocol):
     def real_rows(self) -> Tensor: ...
     @property
     def key_rows(self) -> Tensor: ...
+    @property
+    def own_columns(self) -> Tensor | None: ...
 
 
 def attend(call: PaddedCall, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,7 +37,7 @@ def attend(call: PaddedCall, queries: Tensor, keys: Tensor, values: Tensor) -> t
     output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_gathered(call, queries, keys, values), attn_mask=_mask(call, queries)
     )
-    return output.transpose(1, 2).flatten(0, 1)[call.real], logsumexp.transpose(1, 2).flatten(0, 1)[call.real]
+    return _real(output, call), _real(logsumexp, call)
 
 
 def add_gradients(
@@ -55,32 +57,45 @@ def add_gradients(
         gradients: added to, in the shapes of the states.
     """
     query, key, value = _gathered(call, *states)
-    output, logsumexp = (tensor[call.query_rows].transpose(1, 2).contiguous() for tensor in merged)
+    output, logsumexp = (_taken(tensor, call.query_rows).contiguous() for tensor in merged)
     padded = upstream.new_zeros(call.query_rows.numel(), *upstream.shape[1:])
-    padded[call.real] = upstream[call.real_rows]
+    padded.index_copy_(0, call.real, upstream.index_select(0, call.real_rows))
     grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         padded.unflatten(0, call.query_rows.shape).transpose(1, 2),
         query, key, value, output, logsumexp, 0.0, False, attn_mask=_mask(call, query),
     )  # fmt: skip
-    by_row = grad_query.transpose(1, 2).flatten(0, 1)[call.real]
-    gradients[0].index_add_(0, call.real_rows, by_row.to(gradients[0].dtype))
+    # Every query is in one call.
+    gradients[0].index_copy_(0, call.real_rows, _real(grad_query, call).to(gradients[0].dtype))
     rows = call.key_rows.flatten()
     for total, part in ((gradients[1], grad_key), (gradients[2], grad_value)):
         by_head = part.transpose(1, 2).flatten(0, 1)
         total.index_add_(0, rows, by_head.unflatten(1, (total.shape[1], -1)).sum(2).to(total.dtype))
 
 
+def _real(states: Tensor, call: PaddedCall) -> Tensor:
+    """Return the rows ``[n, heads, …]`` that are not padding, of states ``[G, heads, Q, …]``."""
+    return states.transpose(1, 2).flatten(0, 1).index_select(0, call.real)
+
+
 def _gathered(call: PaddedCall, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return padded queries ``[G, heads, Q, d]``, keys and values ``[G, heads, S, d]``, each head's for its group."""
     groups = queries.shape[1] // keys.shape[1]
-    key, value = (states[call.key_rows].repeat_interleave(groups, dim=2).transpose(1, 2) for states in (keys, values))
-    return queries[call.query_rows].transpose(1, 2), key, value
+    key, value = (_taken(states, call.key_rows).repeat_interleave(groups, dim=1) for states in (keys, values))
+    return _taken(queries, call.query_rows), key, value
+
+
+def _taken(states: Tensor, rows: Tensor) -> Tensor:
+    """Return ``[G, heads, n, …]``, the states ``[R, heads, …]`` of rows ``[G, n]``."""
+    return states.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
 def _mask(call: PaddedCall, queries: Tensor) -> Tensor:
     """Return ``[G, 1, Q, S]`` to be added to the scores: 0 or minus infinity."""
     columns = torch.arange(call.key_rows.shape[1], device=queries.device)
     hidden = columns > call.query_columns.unsqueeze(-1)
+    if call.own_columns is not None:
+        first, last = call.own_columns.unsqueeze(-1)
+        hidden &= (columns < first) | (columns > last)
     return (
         torch.zeros(hidden.shape, dtype=queries.dtype, device=queries.device)
         .masked_fill_(hidden, -torch.inf)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from eagle_offline.draft.eagle3 import Eagle3DraftModel
-from eagle_offline.draft.merged_attention import Call
+from eagle_offline.draft.merged_attention import merged_attention
 from eagle_offline.draft.packed import FirstPlan, Made, PackedDraft, cast_once, keys_and_values, rotated_queries
-from eagle_offline.draft.parted_attention import Part, parted_attention
-from eagle_offline.element_attention import ElementAttention, flex_takes
+from eagle_offline.draft.padded_attention import PaddedCall
+from eagle_offline.element_attention import ElementAttention
 
 
 class Segment(Protocol):
@@ -24,9 +24,7 @@ class Segment(Protocol):
     @property
     def depths(self) -> Tensor: ...
     @property
-    def context_calls(self) -> Sequence[Call]: ...
-    @property
-    def own_calls(self) -> Sequence[Call]: ...
+    def calls(self) -> Sequence[PaddedCall]: ...
 
 
 class Plan(FirstPlan, Protocol):
@@ -111,8 +109,7 @@ class PackedParallel(PackedDraft):
 class _ChainAttention:
     """Attention of a segment's elements: depth 0 up to their anchors, and their own chain up to themselves.
 
-    On CUDA all queries stand densely in blocks, whatever their depths; where flex attention has no kernels, the two
-    parts are merged.
+    In padded calls where the plan has them, else among elements: on CUDA, in blocks.
     """
 
     def __init__(self, plan: Plan, segment: Segment):
@@ -125,10 +122,9 @@ class _ChainAttention:
             queries: ``[R, heads, head_dim]``.
             context, own: keys and values ``[…, kv_heads, head_dim]``, of the key slots and of the elements.
         """
-        if not (flex_takes(queries) and len(queries)):
-            segment = self._segment
-            return parted_attention(queries, [Part(*context, segment.context_calls), Part(*own, segment.own_calls)])
         keys, values = (torch.cat(pair) for pair in zip(context, own, strict=True))
+        if self._segment.calls or not len(queries):
+            return merged_attention(queries, keys, values, [], self._segment.calls)
         batch = (states.transpose(0, 1).unsqueeze(0) for states in (queries, keys, values))
         return self._among_elements(*batch)[0].transpose(0, 1)
 

@@ -1,5 +1,5 @@
 """Who reads which keys, cut into calls of an attention kernel, on the host: slots of a step those of step 0, and
-elements of a chain the chain's own.
+elements of a chain its own as well.
 
 Padded calls suit a CPU, whose kernel takes masks and whose small products want like sizes; ragged ones a GPU, whose
 kernel takes runs of any length and no masks.
@@ -7,6 +7,7 @@ kernel takes runs of any length and no masks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 # Queries of one document that share a block of attention: keys right of a block's last query are never touched.
 _BLOCK_QUERIES = 256
+# The same of chains, which bring as many keys of their own.
+_CHAIN_BLOCK_QUERIES = 128
 # Blocks share one padded call while their keys differ in number by no more than this.
 _KEY_RATIO = 0.8
 # Largest mask of one call, in values.
@@ -29,7 +32,10 @@ _CALL_KEYS = 1 << 16
 
 @dataclass(frozen=True)
 class PaddedCall:
-    """One padded call of causal attention over step 0's keys: ``G`` blocks of up to ``Q`` queries and ``S`` keys.
+    """One padded call of attention: ``G`` blocks of up to ``Q`` queries and ``S`` keys.
+
+    A query reads the first keys of its block, step 0's, up to a column; and, where ``own_columns`` says so, more behind
+    these.
 
     Attributes:
         query_rows: int64 ``[G, Q]``, rows among the step's active slots; padding repeats a row.
@@ -37,6 +43,7 @@ class PaddedCall:
         real: int64 ``[n]``, flat places in ``G·Q`` that are not padding.
         real_rows: int64 ``[n]``, the active row of each of them.
         key_rows: int64 ``[G, S]``, rows among the key slots; padding repeats a row that no query of the block reads.
+        own_columns: int64 ``[2, G, Q]``, the first and the last key column of a query's own chain; or None.
     """
 
     query_rows: Tensor
@@ -44,6 +51,7 @@ class PaddedCall:
     real: Tensor
     real_rows: Tensor
     key_rows: Tensor
+    own_columns: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,14 +86,12 @@ AttentionCall = PaddedCall | RaggedCall
 def plan_ragged(documents: np.ndarray, columns: np.ndarray, key_starts: np.ndarray) -> tuple[RaggedCall, ...]:
     """Cut queries, sorted by document and column, into runs, and these into calls.
 
-    A column that does not grow begins another run: so several sorted sequences may follow each other.
-
     Args:
         documents, columns: int64 ``[R]``, of each query.
         key_starts: int64 ``[D]``, the row of each document's first key among the key slots.
     """
     steps = np.diff(columns, prepend=-1)
-    breaks = (np.diff(documents, prepend=-1) != 0) | (steps > _FILLED_GAP + 1) | (steps <= 0)
+    breaks = (np.diff(documents, prepend=-1) != 0) | (steps > _FILLED_GAP + 1)
     starts = np.flatnonzero(breaks)
     stops = np.append(starts[1:], len(columns))
     num_keys = columns[stops - 1] + 1 if len(starts) else starts
@@ -126,78 +132,72 @@ def plan_padded(documents: np.ndarray, columns: np.ndarray, key_starts: np.ndarr
         documents, columns: int64 ``[R]``, of each query.
         key_starts: int64 ``[D]``, the row of each document's first key among the key slots.
     """
-    blocks = []
-    bounds = np.flatnonzero(np.diff(documents, prepend=-1, append=-1))
-    for low, high in pairwise(bounds.tolist()):
-        for first in range(low, high, _BLOCK_QUERIES):
-            last = min(first + _BLOCK_QUERIES, high)
-            blocks.append((int(columns[last - 1]) + 1, first, last))
-    blocks.sort(key=lambda block: (-block[0], block[1]))
-    calls: list[PaddedCall] = []
-    group: list[tuple[int, int, int]] = []
-    for block in blocks:
-        if group and not _fits(group, block):
-            calls.append(_padded_call(group, documents, columns, key_starts))
-            group = []
-        group.append(block)
-    if group:
-        calls.append(_padded_call(group, documents, columns, key_starts))
-    return tuple(calls)
-
-
-def plan_ragged_chains(
-    documents: np.ndarray, columns: np.ndarray, depths: np.ndarray, key_starts: np.ndarray
-) -> tuple[RaggedCall, ...]:
-    """Cut elements of chains, in any order, into runs over depth 0's keys: one depth after the other."""
-    order = np.lexsort((columns, documents, depths))
-    rows = torch.from_numpy(order)
+    every_row = np.arange(len(documents) + 1)
     return tuple(
-        replace(call, query_rows=rows[call.query_rows], real_rows=rows[call.real_rows])
-        for call in plan_ragged(documents[order], columns[order], key_starts)
+        _padded_call(blocks, documents, columns, key_starts)
+        for blocks in _like_blocks(_blocks(documents, columns, every_row, _BLOCK_QUERIES))
     )
 
 
-def plan_own_ragged(lengths: np.ndarray) -> tuple[RaggedCall, ...]:
-    """Return the calls in which elements read their own chain up to themselves.
+def plan_padded_chains(
+    documents: np.ndarray, columns: np.ndarray, key_starts: np.ndarray, chain_starts: np.ndarray, num_keys: int
+) -> tuple[PaddedCall, ...]:
+    """Cut elements of chains into calls over step 0's keys and, behind them all, the elements' own.
 
     Args:
-        lengths: int64 ``[C]``, elements of each chain; chains follow each other.
+        documents, columns: int64 ``[R]``, of each element's anchor, sorted; what is of one chain has one column.
+        key_starts: int64 ``[D]``, the row of each document's first key among the key slots.
+        chain_starts: int64 ``[C]``, the first element of each chain.
+        num_keys: key slots; element ``i`` has the key row ``num_keys + i``.
     """
-    if not len(lengths):
-        return ()
-    bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    rows = torch.arange(int(lengths.sum()))
-    runs = tuple((length, length) for length in lengths.tolist())
-    return (RaggedCall(rows, rows, rows, rows, bounds, bounds, runs),)
-
-
-def plan_own_padded(lengths: np.ndarray) -> tuple[PaddedCall, ...]:
-    """Return the calls in which elements read their own chain up to themselves: chains of one length together.
-
-    Args:
-        lengths: int64 ``[C]``, elements of each chain; chains follow each other.
-    """
-    starts, calls = np.cumsum(lengths) - lengths, []
-    for length in np.unique(lengths).tolist():
-        places = np.arange(length)
-        rows = starts[lengths == length][:, None] + places
-        longest = max(1, _CALL_VALUES // length**2)
-        for low in range(0, len(rows), longest):
-            block = torch.from_numpy(rows[low : low + longest])
-            columns = torch.from_numpy(np.broadcast_to(places, block.shape).copy())
-            calls.append(PaddedCall(block, columns, torch.arange(block.numel()), block.flatten(), block))
+    edges = np.append(chain_starts, len(documents))
+    blocks = _blocks(documents, columns, edges, _CHAIN_BLOCK_QUERIES)
+    calls = []
+    for group in _like_blocks(blocks, own_keys=True):
+        call = _padded_call(group, documents, columns, key_starts)
+        rows, width = call.query_rows.numpy(), call.key_rows.shape[1]
+        first = chain_starts[np.searchsorted(chain_starts, rows, side="right") - 1]
+        own_columns = width + np.stack([first, rows]) - rows[:, :1]
+        key_rows = torch.cat([call.key_rows, num_keys + call.query_rows], dim=1)
+        calls.append(replace(call, key_rows=key_rows, own_columns=torch.from_numpy(own_columns)))
     return tuple(calls)
 
 
-def _fits(group: list[tuple[int, int, int]], block: tuple[int, int, int]) -> bool:
-    num_keys, first, last = block
-    widest = max(last - first, *(high - low for _, low, high in group)) if group else last - first
-    return num_keys >= _KEY_RATIO * group[0][0] and (len(group) + 1) * widest * group[0][0] <= _CALL_VALUES
+# The keys of step 0 that a block reads, and its queries: from one to before another.
+_Block = tuple[int, int, int]
 
 
-def _padded_call(
-    group: list[tuple[int, int, int]], documents: np.ndarray, columns: np.ndarray, key_starts: np.ndarray
-) -> PaddedCall:
+def _blocks(documents: np.ndarray, columns: np.ndarray, edges: np.ndarray, longest: int) -> list[_Block]:
+    """Return blocks of documents, cut at edges, each as long as may be or from one edge to the next, widest first."""
+    blocks = []
+    bounds = np.flatnonzero(np.diff(documents, prepend=-1, append=-1))
+    for low, high in pairwise(bounds.tolist()):
+        first = low
+        while first < high:
+            place = np.searchsorted(edges, first + longest, side="right") - 1
+            last = int(edges[max(place, np.searchsorted(edges, first, side="right"))])
+            last = min(last, high)
+            blocks.append((int(columns[last - 1]) + 1, first, last))
+            first = last
+    return sorted(blocks, key=lambda block: (-block[0], block[1]))
+
+
+def _like_blocks(blocks: list[_Block], own_keys: bool = False) -> Iterator[list[_Block]]:
+    """Yield blocks of like size together, as many as one call may have."""
+    group: list[_Block] = []
+    for block in blocks:
+        widest = max(last - first for _, first, last in [*group, block])
+        num_keys = group[0][0] if group else block[0]
+        fits = (len(group) + 1) * widest * (num_keys + own_keys * widest) <= _CALL_VALUES
+        if group and not (block[0] >= _KEY_RATIO * num_keys and fits):
+            yield group
+            group = []
+        group.append(block)
+    if group:
+        yield group
+
+
+def _padded_call(group: list[_Block], documents: np.ndarray, columns: np.ndarray, key_starts: np.ndarray) -> PaddedCall:
     num_keys, widest = group[0][0], max(last - first for _, first, last in group)
     first = np.array([block[1] for block in group])[:, None]
     last = np.array([block[2] for block in group])[:, None]

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from eagle_offline.objectives.attention_calls import (
     AttentionCall,
-    plan_own_padded,
-    plan_own_ragged,
+    PaddedCall,
     plan_padded,
+    plan_padded_chains,
     plan_ragged,
-    plan_ragged_chains,
 )
 from eagle_offline.objectives.cod import generate_cod_sample_indices
 from eagle_offline.objectives.fused_loss import LossRows, chunk_rows
@@ -48,8 +47,7 @@ class ChainSegment:
     Attributes:
         first_rows: int64 ``[n]``, of the slots that count at depth 0, those that count here.
         anchors: int64 ``[R]``, flat slots, sorted. depths: int64 ``[R]``, growing along a chain.
-        context_calls: attention over depth 0's keys, where `ElementAttention` has no kernels. own_calls: over the
-            segment's own.
+        calls: attention over depth 0's keys and the segment's own behind them; none where `ElementAttention` does it.
         loss_rows: of the ``n`` rows at depth 0 and the ``R`` elements after them.
         loss_slots: int64 ``[n + R]``, their flat places in ``D·N``, by depth and anchor.
         known: bool ``[n + R]``, the target's choice is in the draft vocabulary.
@@ -59,8 +57,7 @@ class ChainSegment:
     first_rows: Tensor
     anchors: Tensor
     depths: Tensor
-    context_calls: tuple[AttentionCall, ...]
-    own_calls: tuple[AttentionCall, ...]
+    calls: tuple[PaddedCall, ...]
     loss_rows: LossRows
     loss_slots: Tensor
     known: Tensor
@@ -166,7 +163,8 @@ def plan_parallel(
         num_depths: ``D``.
         longest_chunk: rows of the loss that are computed at once.
         num_segments: into how many parts the chains are cut; fewer where there are fewer anchors.
-        ragged: attention in runs without padding, for a GPU, instead of padded calls, for a CPU.
+        ragged: attention in runs without padding and by `ElementAttention`, for a GPU, instead of padded calls, for a
+            CPU.
     """
     lengths = np.asarray(lengths, np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -191,16 +189,14 @@ def plan_parallel(
         predicted = all_anchors + all_depths
         step_counts = np.bincount(all_depths, minlength=num_depths)
         counts += step_counts
-        places = documents[anchors], columns[anchors]
-        context = plan_ragged_chains(*places, depths, key_starts) if ragged else plan_padded(*places, key_starts)
-        chain_lengths = np.unique(anchors, return_counts=True)[1]
+        chain_starts = np.unique(anchors, return_index=True)[1]
+        chains = documents[anchors], columns[anchors], key_starts, chain_starts, len(key_slots)
         segments.append(
             ChainSegment(
                 first_rows=torch.from_numpy(rows),
                 anchors=torch.from_numpy(anchors),
                 depths=torch.from_numpy(depths),
-                context_calls=context,
-                own_calls=plan_own_ragged(chain_lengths) if ragged else plan_own_padded(chain_lengths),
+                calls=() if ragged else plan_padded_chains(*chains),
                 loss_rows=_loss_rows(all_depths, target_rows[predicted], longest_chunk),
                 loss_slots=torch.from_numpy(all_depths * len(documents) + all_anchors),
                 known=torch.from_numpy(known[predicted]),

@@ -138,3 +138,36 @@ def test_an_unknown_style_is_refused_and_none_is_llama():
     assert Eagle3DraftConfig().layer_style == "llama"
     with pytest.raises(ValueError, match="layer_style: expected one of llama, qwen3, found 'gemma'"):
         Eagle3DraftConfig(layer_style="gemma")
+
+
+class Products(packed.LiveBytes):
+    """Counts matrix products too."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mm.default
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_feed_forward_keeps_two_tensors_of_its_width_and_multiplies_nothing_twice(autocast):
+    feed_forward, width = make_draft("qwen3", intermediate_size=400).float().layers[0].mlp, 400
+    states = torch.randn(50, 16, requires_grad=True)
+    kept_of_one = 50 * width * (2 if autocast else 4)
+    with Products() as work:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = feed_forward(states)
+        assert work.count == 3
+        assert 2 * kept_of_one <= work.live < 2.5 * kept_of_one + 3 * 16 * width * 2 * autocast
+        output.sum().backward()
+    assert work.count == 3 * 3
+    found = [states.grad, *(parameter.grad for parameter in feed_forward.parameters())]
+    gate, up, down = (feed_forward.get_parameter(f"{part}_proj.weight") for part in ("gate", "up", "down"))
+    twins = [tensor.detach().double().requires_grad_() for tensor in (states, gate, up, down)]
+    x, gate, up, down = twins
+    product = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    (product @ down.T).sum().backward()
+    for gradient, exact in zip(found, twins, strict=True):
+        assert gradient is not None
+        assert (gradient - exact.grad).abs().max() <= (2e-2 if autocast else 1e-5) * exact.grad.abs().max()

@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle_offline import element_attention
-from eagle_offline.draft import parallel, ragged_attention, ragged_flash
+from eagle_offline.draft import ragged_attention, ragged_flash
 from eagle_offline.draft.eagle3 import Eagle3DraftConfig, Eagle3DraftModel
 from eagle_offline.draft.parallel import PackedParallel
 from eagle_offline.errors import UsageError
+from eagle_offline.objectives import attention_calls
 from eagle_offline.objectives.fused_loss import TargetRows
 from eagle_offline.objectives.packed_parallel import PackedParallelLoss
 from eagle_offline.objectives.parallel_loss import ParallelLoss
@@ -251,20 +252,40 @@ def test_what_is_validated_on_is_every_chain():
 
 
 @pytest.mark.parametrize("form", ["one layer", "three layers"])
-def test_attention_among_elements_gives_what_the_merged_parts_give(form, monkeypatch):
+def test_attention_among_elements_gives_what_padded_calls_give(form, monkeypatch):
     """What runs on CUDA, here without its compiler: that has no backward on a CPU."""
     case, model = Case([60, 1, 90, 33], 0.8, seed=8), make_draft(form)
     found = []
-    for chosen in (False, True):
-        monkeypatch.setattr(parallel, "flex_takes", lambda queries, chosen=chosen: chosen)
-        monkeypatch.setattr(element_attention, "flex_takes", lambda queries, chosen=chosen: chosen)
-        monkeypatch.setattr(element_attention, "_compiled", lambda function: function)
+    monkeypatch.setattr(element_attention, "flex_takes", lambda queries: True)
+    monkeypatch.setattr(element_attention, "_compiled", lambda function: function)
+    for ragged in (False, True):
         with torch.no_grad():
-            parts = loss_of(model, case, case.plan(3), ParallelLoss(DEPTHS)).parts()
+            parts = loss_of(model, case, case.plan(3, ragged), ParallelLoss(DEPTHS)).parts()
             found.append([part()[1].losses for part in parts])  # type: ignore[union-attr]
     assert len(found[0]) == 3
-    for merged, among in zip(*found, strict=True):
-        torch.testing.assert_close(among, merged, rtol=1e-10, atol=1e-12)
+    for padded, among in zip(*found, strict=True):
+        torch.testing.assert_close(among, padded, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("queries", "values"), [(1, 1 << 22), (3, 200), (5, 1 << 22), (8, 2000), (64, 1)])
+def test_blocks_of_chains_are_cut_between_chains_and_change_nothing(queries, values, monkeypatch):
+    monkeypatch.setattr(attention_calls, "_CHAIN_BLOCK_QUERIES", queries)
+    monkeypatch.setattr(attention_calls, "_CALL_VALUES", values)
+    case = Case([30, 2, 41, 1, 7], 0.9, seed=2)
+    plan = case.plan(2)
+    for segment in plan.segments:
+        calls = segment.calls
+        rows = torch.cat([call.real_rows for call in calls])
+        assert sorted(rows.tolist()) == list(range(len(segment.anchors)))
+        blocks = [call.query_rows[i].unique() for call in calls for i in range(len(call.query_rows))]
+        anchors = [set(segment.anchors[block].tolist()) for block in blocks]
+        assert sum(map(len, anchors)) == len(set(segment.anchors.tolist()))
+        # No longer than asked for, but for a chain that is longer by itself.
+        assert all(len(block) <= queries or len(found) == 1 for block, found in zip(blocks, anchors, strict=True))
+        assert all(
+            call.query_rows.numel() * call.key_rows.shape[1] <= values or len(call.query_rows) == 1 for call in calls
+        )
+    assert_is_the_oracle_s("three layers", case, 2, ragged=False)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
