@@ -19,6 +19,10 @@ from pydantic import (
 
 from eagle_offline.errors import UsageError
 
+# What a chain drafts unless something else is asked for or, of P-EAGLE, the draft was trained for less.
+DEFAULT_DRAFT_TOKENS = 5
+_DRAFT_TOKENS = f"default {DEFAULT_DRAFT_TOKENS}, fewer for a P-EAGLE draft of fewer depths"
+
 
 class Settings(BaseModel):
     """A stage's settings.
@@ -155,7 +159,9 @@ class ExportSettings(Settings):
         "Directory or hub id of the LoRA adapter that was merged into the target, to check the draft against both.",
     )
     adapter_revision: str | None = setting(None, "Revision of a hub adapter.")
-    num_draft_tokens: int = setting(5, "Tokens to draft a round, in the serve commands.", flags=("--num-steps",), gt=0)
+    num_draft_tokens: int | None = setting(
+        None, f"Tokens to draft a round, in the serve commands; {_DRAFT_TOKENS}.", flags=("--num-steps",), gt=0
+    )
     dtype: Literal["bf16", "fp16", "fp32"] = setting("bf16", "What the weights are stored in.")
 
 
@@ -180,7 +186,9 @@ class EvaluateSettings(Settings):
     )
     split: str | None = setting(None, "Split or slice of the prompts, such as [:100].")
     max_prompts: int | None = setting(None, "Take no more conversations than this.", gt=0)
-    num_draft_tokens: int = setting(5, "Tokens drafted a round.", flags=("--num-steps",), gt=0, le=64)
+    num_draft_tokens: int | None = setting(
+        None, f"Tokens drafted a round; {_DRAFT_TOKENS}.", flags=("--num-steps",), gt=0, le=64
+    )
     temperature: float = setting(0.0, "0 decodes greedily.", ge=0)
     top_p: float = setting(1.0, "Probability mass that tokens are drawn from.", gt=0, le=1)
     max_new_tokens: int = setting(256, "Longest answer.", gt=0)

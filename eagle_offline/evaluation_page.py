@@ -44,11 +44,12 @@ def decoding_rows(figures: dict[str, Any]) -> list[Row]:
     """Return the table of drafters, its head first: what, plain decoding, each drafter."""
     drafters, plain = figures["drafters"], figures["plain"]
     results = list(drafters.values())
+    greedy = _greedy(figures)
     rows: list[Row] = [(f"real decoding, {figures['num_draft_tokens']} drafts", "no draft", *drafters)]
     for name, label in (
         ("accept_length", "accept length"),
-        ("walked_accept_length", "  walked"),
-        ("simulated_accept_length", "  simulated"),
+        ("walked_accept_length", f"  walked{greedy}"),
+        ("simulated_accept_length", f"  simulated{greedy}"),
     ):
         rows.append((label, "1.00", *(_number(result[name]) for result in results)))
     for depth in range(figures["num_draft_tokens"]):
@@ -62,11 +63,17 @@ def decoding_rows(figures: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def _greedy(figures: dict[str, Any]) -> str:
+    """Return what is added to the names of predictions, which are of greedy decoding, where decoding is another."""
+    return ", greedy" if figures["temperature"] else ""
+
+
 def task_rows(figures: dict[str, Any]) -> list[Row]:
     """Return accept length by kind of prompt, its head first: of the draft in question in full, then of the others."""
     first, *others = figures["drafters"].values()
     _, *names = figures["drafters"]
-    rows: list[Row] = [("task", "answers", "rounds", "accept length", "walked", "simulated", *names)]
+    predicted = (f"{name}{_greedy(figures)}" for name in ("walked", "simulated"))
+    rows: list[Row] = [("task", "answers", "rounds", "accept length", *predicted, *names)]
     for task, found in first["tasks"].items():
         lengths = [found[f"{name}accept_length"] for name in ("", "walked_", "simulated_")]
         lengths += [other["tasks"][task]["accept_length"] for other in others]
@@ -132,7 +139,7 @@ def plot_decoding(figures: dict[str, Any], directory: Path) -> str | None:
             found = [result["tasks"][kind] for kind in tasks]
             task.barh(places, [one["accept_length"] for one in found], height=height, label=name)
             for key, mark in (("walked", "o"), ("simulated", "|")):
-                label = None if number else key
+                label = None if number else f"{key}{_greedy(figures)}"
                 task.plot([one[f"{key}_accept_length"] for one in found], places, mark, color="black", label=label)
         task.set(title="accept length", xlabel="tokens a round", yticks=middles, yticklabels=tasks)
         task.set(xlim=(0, figures["num_draft_tokens"] + 2))  # room for the legend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from eagle_offline.capture_settings import (
     TokenizeSettings,
 )
 from eagle_offline.config import (
+    DEFAULT_DRAFT_TOKENS,
     CheckSettings,
     ConvertSettings,
     CorpusSettings,
@@ -512,10 +513,12 @@ def load_draft(name: str, flag: str) -> ServedDraft:
     from eagle_offline.serving.drafts import read_draft
     from eagle_offline.target.load import resolve_target
     from eagle_offline.training.logbook import METRICS_FILE, read_metrics
-    from eagle_offline.training.state import STATE_FILE, best_checkpoint, check_files
+    from eagle_offline.training.state import BEST_FILE, STATE_FILE, best_checkpoint, check_files
 
     directory = Path(name)
     checkpoint = best_checkpoint(directory) if directory.is_dir() else None
+    if checkpoint is not None and not (directory / BEST_FILE).is_file():
+        sys.stderr.write(f"{flag} {name}: nothing was validated, none is best: {checkpoint.name} is taken\n")
     if checkpoint is None:
         checkpoint = directory if directory.is_dir() else resolve_target(name, flag=flag).directory
     if (checkpoint / STATE_FILE).is_file():
@@ -556,7 +559,7 @@ def export(settings: ExportSettings) -> dict[str, Any]:
         draft = replace(draft, aux_layer_ids=layer_ids)
     else:
         architectures = [origin.target_architecture]
-    say_untrained_depths(draft, str(settings.run), settings.num_draft_tokens)
+    num_draft_tokens = tokens_to_draft({str(settings.run): draft}, settings.num_draft_tokens)
     root = settings.output_dir or settings.run / "export"
     layouts: tuple[Literal["flat", "speculators"], ...] = ("flat", "speculators")
     if settings.to != "both":
@@ -572,21 +575,36 @@ def export(settings: ExportSettings) -> dict[str, Any]:
             root / layout,
             target_name=target,
             target_architectures=architectures,
-            num_draft_tokens=settings.num_draft_tokens,
+            num_draft_tokens=num_draft_tokens,
             dtype=settings.dtype,
         )
         for layout in layouts
     }
 
 
-def say_untrained_depths(draft: ServedDraft, name: str, num_draft_tokens: int) -> None:
-    """Write one line to stderr if a P-EAGLE draft is to draft more tokens than it was trained to."""
-    trained = None if draft.origin is None else draft.origin.num_depths
-    if trained is not None and num_draft_tokens > trained:
-        sys.stderr.write(
-            f"warning: {name} was trained to draft {trained} tokens a round; those behind them in --num-draft-tokens "
-            f"{num_draft_tokens} are hardly ever accepted\n"
-        )
+def tokens_to_draft(drafts: Mapping[str, ServedDraft], requested: int | None) -> int:
+    """Return how many tokens drafts draft a round: as requested, else 5, or what each P-EAGLE draft was trained for.
+
+    One line on stderr names each P-EAGLE draft that is to draft more than that.
+
+    Args:
+        drafts: by the names that the user gave them.
+        requested: by the user.
+    """
+    trained = {
+        name: draft.origin.num_depths
+        for name, draft in drafts.items()
+        if draft.origin is not None and draft.origin.num_depths is not None
+    }
+    if requested is None:
+        return min([DEFAULT_DRAFT_TOKENS, *trained.values()])
+    for name, depths in trained.items():
+        if requested > depths:
+            sys.stderr.write(
+                f"warning: {name} was trained to draft {depths} tokens a round; those behind them in "
+                f"--num-draft-tokens {requested} are hardly ever accepted\n"
+            )
+    return requested
 
 
 def _check_adapter(settings: ExportSettings, origin: DraftOrigin | None, target: str) -> None:
@@ -626,7 +644,13 @@ def check(settings: CheckSettings) -> CheckReport:
     """
     from eagle_offline.serving.check import check_draft
     from eagle_offline.target.load import resolve_target
+    from eagle_offline.training.logbook import METRICS_FILE
 
+    if (settings.directory / METRICS_FILE).is_file():
+        raise MismatchError(
+            f"{settings.directory}: a run, which no engine reads: export it first, or check what was exported "
+            f"({settings.directory / 'export' / 'flat'})"
+        )
     if settings.target is None:
         if settings.adapter is not None:
             raise UsageError("--adapter: give --target too, the model that it is merged into")
@@ -652,9 +676,9 @@ def evaluate(settings: EvaluateSettings) -> Evaluation:
     with StopRequest(0) as stop:
         draft = load_draft(settings.draft, "--draft")
         compared = [load_draft(name, "--compare") for name in settings.compare]
-        for given, name in zip((draft, *compared), (settings.draft, *settings.compare), strict=True):
-            say_untrained_depths(given, name, settings.num_draft_tokens)
-        evaluation = evaluate_draft(settings, draft, compared, stop)
+        named = dict(zip((settings.draft, *settings.compare), (draft, *compared), strict=True))
+        num_draft_tokens = tokens_to_draft(named, settings.num_draft_tokens)
+        evaluation = evaluate_draft(settings, draft, compared, num_draft_tokens, stop)
     if settings.output_dir is not None:
         write_evaluation(evaluation, settings.output_dir)
     return evaluation

@@ -37,8 +37,8 @@ _SAID_OF_MASK: Final[dict[MaskStart, str]] = {
     "left out": "its mask_hidden left out, it is a P-EAGLE draft",
 }
 
-# Fields that come from the target, change no shape, and that training gets used to.
-_NOTED = ("rms_norm_eps", "hidden_act", "rope_parameters")
+# Fields that come from the target or its data, change no shape, and that training gets used to.
+_NOTED = ("rms_norm_eps", "hidden_act", "rope_parameters", "mask_token_id")
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,6 @@ def _faults(ours: Eagle3DraftConfig, aux_layer_ids: Sequence[int], source: Draft
         # A draft that works in parallel feeds nothing back.
         if getattr(ours, name) != found and not (name == "norm_output" and any(parallel)):
             yield _fault(name, getattr(ours, name), found, f"give {flag if found else f'--no-{flag[2:]}'}")
-    if all(parallel) and ours.mask_token_id != theirs.mask_token_id:
-        found = theirs.mask_token_id
-        yield _fault("mask_token_id", ours.mask_token_id, found, f"give --mask-token-id {found}")
     if source.aux_layer_ids is not None and list(source.aux_layer_ids) != list(aux_layer_ids):
         listed = ",".join(str(layer_id) for layer_id in source.aux_layer_ids)
         way_out = f"give --aux-layer-ids {listed}, of a cache that holds them"
@@ -213,7 +210,9 @@ def _common_rows(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _differing(theirs: Eagle3DraftConfig, ours: Eagle3DraftConfig) -> dict[str, tuple[Any, Any]]:
-    pairs = {name: (_plain(getattr(theirs, name)), _plain(getattr(ours, name))) for name in _NOTED}
+    both_parallel = ours.parallel_drafting and theirs.parallel_drafting
+    names = [name for name in _NOTED if name != "mask_token_id" or both_parallel]
+    pairs = {name: (_plain(getattr(theirs, name)), _plain(getattr(ours, name))) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

@@ -30,7 +30,11 @@ _UNBOUNDED_TOKENS = 1 << 20
 
 
 def evaluate_draft(
-    settings: EvaluateSettings, draft: ServedDraft, compared: Sequence[ServedDraft], stop: StopRequest
+    settings: EvaluateSettings,
+    draft: ServedDraft,
+    compared: Sequence[ServedDraft],
+    num_draft_tokens: int,
+    stop: StopRequest,
 ) -> Evaluation:
     """Return what a draft is worth beside its target.
 
@@ -38,6 +42,7 @@ def evaluate_draft(
         settings: what is decoded, and how.
         draft: the draft in question.
         compared: those that ``settings.compare`` names.
+        num_draft_tokens: tokens that each drafts a round.
         stop: asked before every batch.
 
     Raises:
@@ -68,7 +73,7 @@ def evaluate_draft(
     names = names_of((settings.draft, *settings.compare), (PLAIN, TRAINED, UNTRAINED))[1:]
     pairs |= {name: pair(other, model) for name, other in zip(names, compared, strict=True)}
     plan = EvaluationPlan(
-        num_draft_tokens=settings.num_draft_tokens,
+        num_draft_tokens=num_draft_tokens,
         limits=Limits(settings.max_new_tokens, stop_token_ids(model, template.tokenizer)),
         sampling=sampling,
         batch_size=settings.batch_size,

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from eagle_offline.config import EvaluateSettings
+from eagle_offline.evaluation_page import render_text, task_rows
 from eagle_offline.serving.evaluate import names_of
 from eagle_offline.serving.evaluation import Evaluator
 from eagle_offline.serving.results import Evaluation
@@ -235,6 +236,14 @@ def test_sampled_decoding_is_a_function_of_its_seed(run, questions):
     assert (one.num_rounds, one.accept_rate) != (other.num_rounds, other.accept_rate)
 
 
+def test_predictions_beside_sampled_decoding_are_called_greedy(run, questions, found):
+    sampled = evaluate(chosen(run, questions, temperature=1.0, max_prompts=1))
+    for evaluation, names in ((found[0], ("walked", "simulated")), (sampled, ("walked, greedy", "simulated, greedy"))):
+        lines = [re.split(r"\s{2,}", line.strip()) for line in render_text(evaluation).splitlines()]
+        assert [line[0] for line in lines if line[0].startswith(("walked", "simulated"))] == list(names)
+        assert task_rows(evaluation.model_dump(mode="json"))[0][4:6] == names
+
+
 def test_a_temperature_of_next_to_nothing_is_greedy(run, questions, found):
     cold = evaluate(chosen(run, questions, temperature=1e-320)).drafters["trained"]
     assert cold.accept_rate == found[0].drafters["trained"].accept_rate
@@ -344,6 +353,23 @@ def test_turns_after_an_answer_that_reached_the_limit_are_counted(run, tmp_path)
     rows = [{"turns": ["red?", "blue?", "green?"]}]
     evaluation = evaluate(chosen(run, write_jsonl(tmp_path / "p.jsonl", rows), max_new_tokens=1))
     assert (evaluation.num_answers, evaluation.num_unasked) == (1, 2)
+
+
+def test_a_run_is_not_checked_as_if_it_were_an_export(run):
+    ended = run_cli("export", "--check", run)
+    assert ended.code == 3
+    assert f"{run}: a run, which no engine reads: export it first" in one_error(ended)
+
+
+def test_a_run_without_a_best_checkpoint_says_which_is_taken(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    exported = ("--target", shared_target(), "--to", "flat", "--dtype", "fp32")
+    assert "none is best" not in run_cli("export", copy, *exported).err
+    (copy / "best").unlink()
+    ended = run_cli("export", copy, *exported)
+    assert ended.code == 0
+    assert f"RUN {copy}: nothing was validated, none is best: {latest(copy).name} is taken" in ended.err
 
 
 def test_export_writes_or_checks_but_not_both(run, tmp_path):

@@ -220,11 +220,32 @@ def test_a_p_eagle_draft_that_no_speculators_config_holds_is_exported_flat_alone
     settings = ExportSettings(run=tmp_path / "checkpoint", target="org/target", output_dir=tmp_path / "both")
     assert list(stages.export(settings)) == ["flat"]
     assert {path.name for path in (tmp_path / "both").iterdir()} == {"flat"}
-    untrained, line = capsys.readouterr().err.splitlines()
-    assert "checkpoint was trained to draft 4 tokens a round; those behind them in --num-draft-tokens 5" in untrained
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("export: no speculators directory: its ")
-    stages.export(settings.model_copy(update={"num_draft_tokens": 4}))
-    assert "was trained to draft" not in capsys.readouterr().err
+
+
+def test_as_many_tokens_are_drafted_as_a_p_eagle_draft_was_trained_for(tmp_path, capsys):
+    """By default no more than five either."""
+
+    def served(tokens: int | None, **depths: int | None) -> int:
+        drafts = {
+            name: trained(tmp_path / name)
+            if number is None
+            else trained(tmp_path / name, FLAT_KINDS["peagle"], num_depths=number)
+            for name, number in depths.items()
+        }
+        return stages.tokens_to_draft(drafts, tokens)
+
+    assert served(None, chain=None) == served(None, deep=8) == served(None, chain=None, deep=8) == 5
+    assert served(None, chain=None, deep=8, flat=3) == 3
+    assert served(4, deep=4) == 4
+    assert capsys.readouterr().err == ""
+    assert served(6, chain=None, deep=8, flat=4) == 6
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "flat was trained to draft 4 tokens a round; those behind them in --num-draft-tokens 6 are hardly" in line
+    settings = ExportSettings(run=tmp_path / "flat" / "checkpoint", target="org/target", to="flat")
+    stages.export(settings)
+    assert '"num_speculative_tokens": 4' in (tmp_path / "flat/checkpoint/export/flat/README.md").read_text()
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(tmp_path):
