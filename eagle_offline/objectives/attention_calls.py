@@ -22,7 +22,7 @@ _CHAIN_BLOCK_QUERIES = 128
 # Blocks share one padded call while their keys differ in number by no more than this.
 _KEY_RATIO = 0.8
 # Largest mask of one call, in values.
-_CALL_VALUES = 1 << 22
+_CALL_VALUES = 1 << 20
 # A gap between active slots of no more than this is filled with queries nobody asks for, instead of reading the
 # document's keys once more for the slots behind it: flash kernels take 64 to 128 queries at a time anyway.
 _FILLED_GAP = 64
