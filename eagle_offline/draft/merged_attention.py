@@ -27,9 +27,9 @@ def merged_attention(
 
     Args:
         queries: ``[R, heads, head_dim]``.
-        keys, values: ``[S, kv_heads, head_dim]`` of step 0.
+        keys, values: ``[S, kv_heads, head_dim]`` that the calls read: of step 0, and of chains where calls say so.
         own: keys and values ``[R, kv_heads, head_dim]`` of the own slot at each later step, this one last.
-        calls: which queries read which of step 0's keys; every query in one call.
+        calls: which queries read which of ``keys``; every query in one call.
     """
     flat = [tensor for pair in own for tensor in pair]
     return _MergedAttention.apply(calls, queries, keys, values, *flat)
