@@ -195,7 +195,7 @@ def test_ablation_judges_every_seed_by_itself(tmp_path, monkeypatch):
 def test_the_ablation_of_p_eagle_says_what_each_depth_accepts(tmp_path, monkeypatch):
     example = _micro_example(tmp_path, monkeypatch)
     training = {**ablation_peagle.TRAINING, "max_steps": 1, "tokens_per_batch": 512}
-    for name in ("depth_weights rising to 2", "1 draft layer"):
+    for name in ("depth_weights rising to 2", "depth_mean depths"):
         figures = ablation_peagle.measure(example, tmp_path, training, name, 0)
         for way in accept_lengths.WAYS:
             rates = [figures[f"accept_rate_{way}_{depth}"] for depth in range(1, accept_lengths.CHAIN + 1)]
