@@ -63,8 +63,8 @@ def test_a_sleeper_that_wakes_after_all_was_made_leaves_the_same_bytes(driver: D
 def test_of_a_sleeper_and_others_whose_bytes_are_different_each_shard_is_of_one_of_them(
     driver: Driver, work: Work
 ) -> None:
-    ours = committed_files(work.reference)
     steps = steps_of_first_shard(work.uninterrupted(driver).events)
+    ours = committed_files(work.reference)
     for step, event in steps.items():
         sleep_and_wake(driver, work, event, other_bytes=True)
         files = {record["shard"]: record["file"] for record in builders.record_contents(work.place).values()}
